@@ -1,0 +1,69 @@
+# The two commands of this project are `make book` and `make test`. Each makes its own .venv when needed.
+#
+#   make book                        execute the chapters and build the site in _build/html
+#   make serve                       build it and serve it on http://localhost:8000
+#   make test                        lint, unit tests, notebooks, a warning-free site
+#   make lint                        ruff and mypy
+#   make repository URL=https://github.com/OWNER/NAME    change the address everywhere
+#   make clean                       remove what was built; the .venv stays
+#
+# PROFILE=smoke|quick|survey, DEVICE=cuda, DATA_ROOT=path, SEED=1 go to every chapter; JOBS chapters run at a time.
+# PIP_ARGS goes to pip: PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" chooses a CPU build of torch.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+PIP_ARGS ?=
+PROFILE ?= quick
+DEVICE ?=
+DATA_ROOT ?=
+SEED ?= 0
+JOBS ?= 2
+PORT ?= 8000
+
+BIN := .venv/bin
+STAMP := .venv/installed
+SMOKE := _build/smoke
+CHAPTERS := $(PROFILE) --device "$(DEVICE)" --data-root "$(DATA_ROOT)" --seed $(SEED)
+
+# One thread a process: two to three times faster than the default on the small networks of the chapters.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: book test lint serve clean repository cells
+.DELETE_ON_ERROR:
+
+book: $(STAMP)
+	$(BIN)/python book/build.py site --jobs $(JOBS) --profile $(CHAPTERS)
+
+test: lint
+	$(BIN)/python -m pytest tests --ignore tests/test_book.py
+	$(BIN)/python book/build.py site --jobs $(JOBS) --profile smoke --root $(SMOKE)
+	GI_SITE=$(SMOKE)/_build/html $(BIN)/python -m pytest tests/test_book.py
+	$(BIN)/python book/build.py copies --profile smoke --root $(SMOKE)
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env $(SMOKE)/_build/nbval
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/reference/sanitise.cfg tests/reference
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+serve: book
+	$(BIN)/python -m http.server $(PORT) --directory _build/html
+
+clean:
+	rm -rf _build build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+repository: $(STAMP)
+	@test -n "$(URL)" || { echo "make repository needs the address: make repository URL=https://github.com/OWNER/NAME" >&2; exit 2; }
+	$(BIN)/python book/cells.py --repository "$(URL)"
+
+cells: $(STAMP)
+	$(BIN)/python book/cells.py
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, got " + sys.version.split()[0] + "; set PYTHON=python3.12, for example")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_ARGS) -r requirements.txt
+	$(BIN)/python -m pip install $(PIP_ARGS) -e .
+	touch $@
