@@ -1,0 +1,18 @@
+"""DLG on its own ground: single CIFAR-100 images, each in a LeNet with new random weights (Zhu et al., NeurIPS 2019).
+
+32 images, once with the label sought together with the image, once with the label known; eight stacked restarts,
+of which the one with the smallest matching loss counts. Steps are those of the public code.
+"""
+
+from gi_lib import ThreatModel
+from gi_lib.attacks import DLG
+from gi_lib.bench import Case
+
+IMAGES = range(32)
+THREATS = (ThreatModel(), ThreatModel(knows_labels=True))
+
+CASES = [
+    Case(DLG(restarts=8), "lenet", "cifar100", indices=(i,), seed=i, threat=threat, profile="survey")
+    for threat in THREATS
+    for i in IMAGES
+]

@@ -1,0 +1,28 @@
+"""Inverting Gradients on single CIFAR-10 images (Geiping et al., NeurIPS 2020), labels known.
+
+Three networks: the ConvNet untrained, a CIFAR ResNet-20 untrained, and the public trained one of the same shape,
+which normalises its input by ImageNet's statistics as it was trained to. One start each. The paper runs up to
+24,000 steps and 4,800 by default; STEPS is what a processor without a GPU affords.
+"""
+
+from gi_lib import ThreatModel
+from gi_lib.attacks import InvertingGradients
+from gi_lib.bench import Case
+
+IMAGES = range(8)
+NETWORKS = (("convnet", None), ("resnet20", None), ("resnet20", "cifar10_resnet20"))
+STEPS = {"convnet": 800, "resnet20": 4800}
+
+CASES = [
+    Case(
+        InvertingGradients(steps=STEPS[model], tv=1e-4, restarts=1),
+        model,
+        "cifar10",
+        indices=(i,),
+        weights=weights,
+        threat=ThreatModel(knows_labels=True),
+        profile="survey",
+    )
+    for model, weights in NETWORKS
+    for i in IMAGES
+]
