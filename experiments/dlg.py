@@ -1,7 +1,7 @@
-"""DLG on its own ground: single CIFAR-100 images, each in a LeNet with new random weights (Zhu et al., NeurIPS 2019).
+"""DLG (Zhu et al., NeurIPS 2019) on its own ground: single CIFAR-100 images, a new random LeNet for each.
 
-32 images, once with the label sought together with the image, once with the label known; eight stacked restarts,
-of which the one with the smallest matching loss counts. Steps are those of the public code.
+32 images, once with the label sought together with the image, once with the label known. Of eight stacked
+restarts the one with the smallest matching loss counts. Steps are those of the public code.
 """
 
 from gi_lib import ThreatModel

@@ -1,8 +1,8 @@
 """Inverting Gradients on single CIFAR-10 images (Geiping et al., NeurIPS 2020), labels known.
 
-Three networks: the ConvNet untrained, a CIFAR ResNet-20 untrained, and the public trained one of the same shape,
-which normalises its input by ImageNet's statistics as it was trained to. One start each. The paper runs up to
-24,000 steps and 4,800 by default; STEPS is what a processor without a GPU affords.
+Three networks: the ConvNet untrained, a CIFAR ResNet-20 untrained, and the public trained one of the same
+shape, which normalises its input by ImageNet's statistics as it was trained to. One start each. The paper
+runs up to 24,000 steps; STEPS is what a processor without a GPU affords.
 """
 
 from gi_lib import ThreatModel

@@ -1,7 +1,7 @@
 """Gradient inversion: observe what a client of federated learning sends, and reconstruct what it trained on.
 
-    Batch --observe(model, update, threat, defense)--> Observation --attack--> Reconstruction
-          --evaluate(truth)--> Scores
+Batch --observe(model, update, threat, defense)--> Observation --attack--> Reconstruction
+      --evaluate(truth)--> Scores
 """
 
 from gi_lib.federated import FedAvg, ThreatModel, fedsgd, observe

@@ -1,7 +1,7 @@
 """Case and run: one Record for each case, resumable, on any concurrent.futures executor.
 
-Every case draws from three generators: the model's weights from `seed`, the attack from `seed` + 1,000,000, and
-the client's defense from `seed` + 2,000,000, so that no two of them see the same numbers.
+Every case draws from three generators, so that no two of its parts see the same numbers: the model's weights
+from `seed`, the attack from `seed` + ATTACK_STREAM, the client's defense from `seed` + CLIENT_STREAM.
 """
 
 import contextlib
@@ -11,10 +11,8 @@ import hashlib
 import io
 import math
 import multiprocessing
-import platform
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,19 +21,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import torch
-import torchvision
 from torch import nn
 from tqdm import tqdm
 
-import gi_lib
-from gi_lib import data, metrics, models, results
+from gi_lib import data, metrics, models, provenance, results
 from gi_lib.attacks import ATTACKS
 from gi_lib.defenses import Defense
 from gi_lib.federated import ThreatModel, fedsgd, observe
 from gi_lib.results import Record
 from gi_lib.types import Batch, Images, LocalUpdate, Observation, Reconstruction, Scores, nearest
+
+ATTACK_STREAM, CLIENT_STREAM = 1_000_000, 2_000_000
 
 Attack = Callable[[Observation, torch.Generator], Reconstruction]
 
@@ -110,10 +107,9 @@ class Case:
                 raise ValueError(nearest(name, known, kind))
         if self.weights is not None and self.weights not in models.WEIGHTS:
             raise ValueError(nearest(self.weights, models.WEIGHTS, "set of weights"))
-        if self.weights is not None and models.WEIGHTS[self.weights].model != self.model:
-            raise ValueError(
-                f"the weights {self.weights!r} belong to {models.WEIGHTS[self.weights].model!r}, not to {self.model!r}"
-            )
+        owner = self.model if self.weights is None else models.WEIGHTS[self.weights].model
+        if owner != self.model:
+            raise ValueError(f"the weights {self.weights!r} belong to {owner!r}, not to {self.model!r}")
         if not self.indices:
             raise ValueError("a case needs at least one index; an attack on an empty batch has no meaning")
 
@@ -141,8 +137,8 @@ def text(value: object, *, brief: bool = False) -> str:
     name = getattr(value, "__qualname__", "<")
     if "<" in name:
         raise ValueError(
-            f"{value!r} has no stable text, so that its case has no key; use a function with a name at the top of"
-            " a module, or a dataclass"
+            f"{value!r} has no stable text, so that its case has no key; use a named function at the top of a"
+            " module, or a dataclass"
         )
     return name if brief else f"{value.__module__}.{name}"
 
@@ -162,8 +158,8 @@ def run(
 ) -> list[Record]:
     """Run what is missing of a study. Each finished case is on the disk before the next is counted.
 
-    A case whose key has an "ok" row in `out` is skipped; one whose row says "failed" is tried again. A case that
-    fails becomes a row with its error. Ctrl-C leaves what is done and gives up the rest.
+    A case whose key has an "ok" row in `out` is skipped; one whose row says "failed" is tried again. A case
+    that fails becomes a row with its error. Ctrl-C leaves what is done and gives up the rest.
 
     Args:
         cases: those with equal keys are run once.
@@ -178,13 +174,15 @@ def run(
     Raises:
         OSError: the disk is full, or `out` can't be written. What is done stays.
         RuntimeError: a worker process died.
+        ValueError: the device is not there, or a line of `out` is damaged.
+        FileNotFoundError: the data root is not there.
     """
     out = Path(out)
     wanted = {key(case): case for case in cases}
     known = {row["key"]: row for row in results.rows(out)} if out.exists() else {}
     todo = [case for k, case in wanted.items() if known.get(k, {}).get("status") != "ok"]
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    commit = _commit()
+    device, commit = provenance.choose_device(device), provenance.commit()
+    data.root(root)  # a data root that is not there fails now, not once a case
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=out.stem, unit="case", disable=None)
     with bar, contextlib.closing(_measure_all(todo, executor, root, device)) as finished:
         for record, picture in finished:
@@ -196,8 +194,8 @@ def run(
             except OSError as error:
                 raise OSError(
                     error.errno,
-                    f"{error.strerror}: the records could not be written; the {bar.n} cases of {len(wanted)} that"
-                    " are done are kept. Make room, and run the study again to go on",
+                    f"{error.strerror}: a record could not be written; {bar.n} of {len(wanted)} cases are"
+                    " done and kept. Make room, and run the study again to go on",
                     str(out),
                 ) from error
             known[record["key"]] = record
@@ -221,8 +219,8 @@ def _measure_all(
             yield future.result()
     except BrokenExecutor as error:
         raise RuntimeError(
-            "a worker process died, most often because memory ran out; what is done is kept, run the study again"
-            " with fewer workers to go on"
+            "a worker process died, most often because memory ran out; what is done is kept. Run the study"
+            " again with fewer workers to go on"
         ) from error
     finally:
         for future in futures:
@@ -231,27 +229,23 @@ def _measure_all(
 
 def measure(case: Case, root: Path | None, device: str) -> Measured:
     """Run one case. Returns its record, without the commit, and the true and reconstructed images."""
-    record = _empty_record(case, device)
     try:
-        return _attempt(case, record, root, device)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+        return attempt(case, root, device)
+    except Exception as error:  # a failure of any kind is the result of its case
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        return _failed(record, error), None
-    except Exception as error:  # a failure of any kind is a result: the row of this case
-        return _failed(record, error), None
+        return {**_begin(case, device), "status": "failed", "error": f"{type(error).__name__}: {error}"}, None
 
 
-def _failed(record: Record, error: Exception) -> Record:
-    return {**record, "status": "failed", "error": f"{type(error).__name__}: {error}"}
-
-
-def _attempt(case: Case, record: Record, root: Path | None, device: str) -> Measured:
+def attempt(case: Case, root: Path | None, device: str) -> Measured:
+    """`measure`, but a failure raises what it raised."""
+    record = _begin(case, device)
     dataset = data.load(case.dataset, split=case.split, size=case.size, root=root)
     batch = dataset.batch(case.indices)
     record["data_hash"] = dataset.hash(case.indices)
     model = network(case, dataset, root).to(device)
-    client, attacker = (torch.Generator().manual_seed(case.seed + offset) for offset in (2_000_000, 1_000_000))
+    client = torch.Generator().manual_seed(case.seed + CLIENT_STREAM)
+    attacker = torch.Generator().manual_seed(case.seed + ATTACK_STREAM)
     obs = observe(model, batch, update=case.update, threat=case.threat, defense=case.defense, rng=client)
     _reset_peak(device)
     start = time.perf_counter()
@@ -311,7 +305,7 @@ def training_step_seconds(model: nn.Module, batch: Batch, device: str, repeats: 
 
 
 def score(out: Path, root: Path | None = None) -> tuple[int, int]:
-    """Fill in LPIPS where it is missing, from the saved pictures (8 bits a pixel), as new rows of the same keys.
+    """Fill in LPIPS where it is missing, from the saved 8-bit pictures, as new rows of the same keys.
 
     Returns:
         How many rows were filled in, and how many are still missing.
@@ -347,7 +341,7 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
-    sys.stderr = _NoTerminal(open(2, "wb", buffering=0, closefd=False), write_through=True)
+    sys.stderr = _NoTerminal(io.FileIO(2, "w", closefd=False), write_through=True)
 
 
 class _NoTerminal(io.TextIOWrapper):
@@ -357,7 +351,7 @@ class _NoTerminal(io.TextIOWrapper):
         return False
 
 
-def _empty_record(case: Case, device: str) -> Record:
+def _begin(case: Case, device: str) -> Record:
     known = {cls: name for name, cls in ATTACKS.items()}
     values = {
         "key": key(case),
@@ -371,66 +365,14 @@ def _empty_record(case: Case, device: str) -> Record:
         "update": text(case.update, brief=True),
         "batch_size": len(case.indices),
         "restarts": getattr(case.attack, "restarts", 1),
-        "device": device_name(device),
-        "precision": _precision(device),
-        "versions": versions(),
+        "device": provenance.device_name(device),
+        "precision": provenance.precision(device),
+        "versions": provenance.versions(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     same = ("model", "weights", "dataset", "split", "size", "seed", "profile")
     values |= {name: getattr(case, name) for name in same}
     return {name: values.get(name) for name in Record.__annotations__}
-
-
-def versions() -> dict[str, str]:
-    """What the numbers depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-        "gi_lib": gi_lib.__version__,
-    }
-
-
-def device_name(device: str) -> str:
-    """The name of a GPU, or of the processor with the number of threads in use."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if torch.device(device).type != "cpu":
-        return device
-    threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _precision(device: str) -> str:
-    """float32, and where a GPU may round products to TF32."""
-    if torch.device(device).type != "cuda":
-        return "float32"
-    flags = {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32}
-    rounded = [name for name, on in flags.items() if on]
-    return f"float32, tf32 in {' and '.join(rounded)}" if rounded else "float32"
-
-
-def _commit() -> str | None:
-    """The package's commit; None where the package is not part of a git checkout."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may lie below another checkout
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _wait(device: str) -> None:

@@ -1,9 +1,9 @@
 """The `gi` command."""
 
+import runpy
 from pathlib import Path
 from typing import Annotated
 
-import runpy
 import typer
 
 from gi_lib import bench, results

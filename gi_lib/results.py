@@ -1,7 +1,8 @@
 """Records: one flat JSON row for each case that ran, in `results/<study>.jsonl`, with its picture beside it.
 
-A file is only ever appended to, one line in one write. Where a key occurs more than once, its last line counts.
-A picture `results/<study>/<key>.png` is lossless: the true images in the top row, the reconstructions below.
+A file is only ever appended to, one line in one write. Where a key occurs more than once, its last line
+counts. A picture, `results/<study>/<key>.png`, is lossless: the true images in the top row, the
+reconstructions below.
 """
 
 import json
@@ -20,7 +21,7 @@ from gi_lib.types import Images
 
 
 class Record(TypedDict):
-    """The row of one case. Fields from `psnr` on are null where the case failed."""
+    """The row of one case. What a failed case has not come to is null."""
 
     key: str
     """Hash of the case's text, 12 hexadecimal digits."""
@@ -78,11 +79,14 @@ class Record(TypedDict):
     """UTC, ISO 8601."""
 
 
+_ORIGIN = "`gi run experiments/NAME.py` writes results/NAME.jsonl"
+
+
 def append(path: Path, record: Record) -> None:
     """Add one line to a file of records, and wait until it is on the disk.
 
-    What an interrupted write left of a last line is cut off first. If the line can't be written whole, nothing
-    of it stays.
+    What an interrupted write left of a last line is cut off first. If the line can't be written whole,
+    nothing of it stays.
 
     Raises:
         OSError: the disk is full, or the file can't be written.
@@ -118,12 +122,12 @@ def rows(path: Path) -> list[Record]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no records at {path}; `gi run experiments/NAME.py` writes results/NAME.jsonl")
+        raise FileNotFoundError(f"no records at {path}; {_ORIGIN}")
     newest: dict[str, Record] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             warnings.warn(
-                f"{path}:{number}: the last line is torn and is left out; its case runs again with the next run",
+                f"{path}:{number}: the last line is torn and left out; its case runs again with the next run",
                 stacklevel=2,
             )
             break
@@ -132,7 +136,7 @@ def rows(path: Path) -> list[Record]:
             newest[row["key"]] = row
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path}:{number}: this line is not a record ({error}); restore the file from git, or delete the line"
+                f"{path}:{number}: this line is not a record ({error}); restore the file, or delete the line"
             ) from error
     return list(newest.values())
 
@@ -150,7 +154,7 @@ def read(path: Path) -> pd.DataFrame:
     path = Path(path)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
-        raise FileNotFoundError(f"no records in {path}; `gi run experiments/NAME.py` writes results/NAME.jsonl")
+        raise FileNotFoundError(f"no records in {path}; {_ORIGIN}")
     found = [{**row, "study": file.stem} for file in files for row in rows(file)]
     return pd.DataFrame(found, columns=[*Record.__annotations__, "study"])
 
@@ -167,7 +171,7 @@ def summarise(
     Returns:
         The columns of `by` and: ok and n (cases), images, psnr with psnr_low and psnr_high (95 % bootstrap
         interval of the mean over images), ssim, lpips, label_accuracy (means), seconds, steps, training_steps
-        (medians over cases). Missing is missing: a group with an image whose LPIPS is missing has no mean LPIPS.
+        (medians over cases). A group with an image whose LPIPS is missing has no mean LPIPS.
 
     Raises:
         ValueError: a name in `by` is not a column.
@@ -208,12 +212,12 @@ def _images(lists: pd.Series) -> np.ndarray:
     return np.concatenate([[], *(values if isinstance(values, list) else [np.nan] for values in lists)])
 
 
-def bootstrap(values: np.ndarray, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron, 1979). Without values (NaN, NaN)."""
+def bootstrap(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean (Efron, 1979). Without values (NaN, NaN)."""
     if len(values) == 0:
         return float("nan"), float("nan")
     chosen = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(np.asarray(values)[chosen].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(np.asarray(values)[chosen].mean(1), [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -222,31 +226,37 @@ def picture_path(path: Path, key: str) -> Path:
     return Path(path).with_suffix("") / f"{key}.png"
 
 
-def write_picture(path: Path, truth: Images, reconstruction: Images) -> None:
+def write_picture(path: Path, truth: Images, reconstruction: Images, *, zoom: int = 1) -> None:
     """Save true images above reconstructed ones, both [B, C, H, W] in [0, 1] in the same order, as 8-bit PNG.
+
+    Every pixel becomes `zoom` x `zoom`.
 
     Raises:
         OSError: the disk is full, or the file can't be written; then nothing is left of it.
     """
-    sheet = torch.cat([torch.cat(list(images.detach().cpu()), dim=2) for images in (truth, reconstruction)], dim=1)
-    pixels = (sheet.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    rows = [torch.cat(list(images.detach().cpu()), dim=2) for images in (truth, reconstruction)]
+    pixels = (torch.cat(rows, dim=1).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    pixels = pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(path, "PNG", optimize=True)
+        grey = pixels.shape[2] == 1
+        Image.fromarray(pixels[..., 0] if grey else pixels).save(path, "PNG", optimize=True)
     except OSError:
         path.unlink(missing_ok=True)
         raise
 
 
 def read_picture(path: Path, batch_size: int) -> tuple[Images, Images]:
-    """The true and the reconstructed images, each [B, C, H, W] in [0, 1], of a picture of `batch_size` images.
+    """The true and the reconstructed images, each [B, C, H, W] in [0, 1], of a picture without zoom.
 
     Raises:
         FileNotFoundError: there is no such picture.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no picture at {path}; failed cases have none, and pictures are stored with records")
+        raise FileNotFoundError(
+            f"no picture at {path}; it is stored with the records, and a failed case has none"
+        )
     with Image.open(path) as image:
         pixels = torch.from_numpy(np.atleast_3d(np.asarray(image)).copy()).permute(2, 0, 1) / 255
     upper, lower = (torch.stack(row.chunk(batch_size, dim=2)) for row in pixels.chunk(2, dim=1))

@@ -1,0 +1,89 @@
+"""What made a number: the versions, the commit, the device and its arithmetic."""
+
+import contextlib
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+import gi_lib
+
+
+def versions() -> dict[str, str]:
+    """Name -> version of what the numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "gi_lib": gi_lib.__version__,
+    }
+
+
+def commit() -> str | None:
+    """The package's short git hash, with a "+" where it has uncommitted changes; None outside git."""
+    try:
+        _git("ls-files", "--error-unmatch", "__init__.py")  # an installed copy may lie below another checkout
+        return _git("rev-parse", "--short", "HEAD") + (
+            "+" if _git("status", "--porcelain", "--", ".") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).parent
+    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def choose_device(device: str | None) -> str:
+    """`device` if it works here; for None "cuda" where there is a GPU, else "cpu".
+
+    Raises:
+        ValueError: the device is unknown, or not there.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the device {device!r} can't be used ({reason}); try 'cpu', or leave it out"
+        ) from error
+    return device
+
+
+def device_name(device: str) -> str:
+    """The name of a GPU, or of the processor with the number of threads in use."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.get_device_name(device)
+    if kind != "cpu":
+        return device
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def precision(device: str) -> str:
+    """float32, and where a GPU may round its products to TF32 (10 bits of mantissa)."""
+    if torch.device(device).type != "cuda":
+        return "float32"
+    flags = {
+        "convolutions": torch.backends.cudnn.allow_tf32,
+        "matrix products": torch.backends.cuda.matmul.allow_tf32,
+    }
+    rounded = [name for name, on in flags.items() if on]
+    return f"float32, tf32 in {' and '.join(rounded)}" if rounded else "float32"
