@@ -23,6 +23,7 @@ PORT ?= 8000
 BIN := .venv/bin
 STAMP := .venv/installed
 SMOKE := _build/smoke
+NOTEBOOKS = $(wildcard book/*.ipynb tests/reference/*.ipynb)
 CHAPTERS := $(PROFILE) --device "$(DEVICE)" --data-root "$(DATA_ROOT)" --seed $(SEED)
 
 # One thread a process: two to three times faster than the default on the small networks of the chapters.
@@ -45,6 +46,8 @@ test: lint
 lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/ruff check --line-length 78 $(NOTEBOOKS)
+	$(BIN)/ruff format --check --line-length 78 $(NOTEBOOKS)
 	$(BIN)/mypy
 
 serve: book

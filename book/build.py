@@ -1,11 +1,12 @@
 """Executes the chapters with papermill and builds the site with jupyter-book 1.x.
 
     python book/build.py site --profile quick      # ROOT/_build/html
-    python book/build.py copies --profile smoke    # ROOT/_build/nbval: chapters with these parameters, not executed
+    python book/build.py copies --profile smoke    # ROOT/_build/nbval: chapters with parameters, not executed
 
-Sources stay as they are. ROOT/_build/executed holds one executed notebook a chapter and what it cost; ROOT/_build/stage
-is the tree that jupyter-book reads. A chapter is executed again when its source, its parameters, gi_lib, results/ or an
-installed package has changed; the site is built again when anything in the staged tree has.
+Sources stay as they are. ROOT/_build/executed holds one executed notebook a chapter and what it cost;
+ROOT/_build/stage is the tree that jupyter-book reads. A chapter is executed again when its source, its
+parameters, gi_lib, results/ or an installed package has changed; the site is built again when anything staged
+has.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ import cells
 
 REPO = cells.ROOT
 BOOK = REPO / "book"
-PARAMETERS = ("profile", "device", "data_root", "seed")
 PAGES = ("_config.yml", "_toc.yml", "CHANGELOG.md", "CONTRIBUTING.md")
+TAIL = 25  # lines of a traceback or log that are shown
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -37,7 +38,7 @@ class ChapterError(RuntimeError):
 
 
 def digest(*parts: str | bytes | Path) -> str:
-    """20 hex digits of the sha256 of texts and files; a folder stands for all its files, by name and content."""
+    """20 hex digits of the sha256 of texts and files; a folder stands for all its files, names included."""
     h = hashlib.sha256()
     for part in parts:
         files = [part]
@@ -64,7 +65,7 @@ def common_key(parameters: dict) -> str:
     return digest(json.dumps([parameters, environment]), versions(), REPO / "gi_lib", REPO / "results")
 
 
-# --- executing -----------------------------------------------------------------------------------------------------
+# --- executing
 
 
 def write(path: Path, text: str) -> None:
@@ -81,27 +82,26 @@ def first_line(cell: dict) -> str:
 
 
 def failed_cell(source: Path, output: Path) -> str | None:
-    """Name the cell that raised, its first line and the error, from a notebook that papermill left half executed."""
+    """Name the cell that raised, its first line and the error, from what papermill left half executed."""
     if not output.exists():
         return None
     order = [cell.get("id") for cell in json.loads(source.read_text())["cells"]]
     for cell in json.loads(output.read_text())["cells"]:
         for out in cell.get("outputs", []):
             if out["output_type"] == "error":
-                number = f"cell {order.index(cell['id']) + 1}" if cell.get("id") in order else "the injected cell"
+                name = cell.get("id")
+                number = f"cell {order.index(name) + 1}" if name in order else "the injected cell"
                 trace = ANSI.sub("", "\n".join(out["traceback"])).splitlines()
-                return "\n".join(
-                    [
-                        f"book/{source.name}: {number} (id {cell.get('id')!r}) failed: {first_line(cell)}",
-                        f"    {out['ename']}: {out['evalue']}",
-                        *("    | " + line for line in trace[-25:]),
-                    ]
-                )
+                told = [
+                    f"book/{source.name}: {number} (id {name!r}) failed: {first_line(cell)}",
+                    f"    {out['ename']}: {out['evalue']}",
+                ]
+                return "\n".join(told + ["    | " + line for line in trace[-TAIL:]])
     return None
 
 
 def execute(source: Path, folder: Path, stage: Path, parameters: dict, key: str) -> float:
-    """Run one chapter by papermill in a process of its own and keep the executed copy with its cost; return seconds."""
+    """Run one chapter by papermill in its own process; keep the executed copy and its cost."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / (source.stem + ".part.ipynb")
     partial.unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def execute(source: Path, folder: Path, stage: Path, parameters: dict, key: str)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
-        tail = "".join("    | " + line for line in log.readlines()[-25:])
+        tail = "".join("    | " + line for line in log.readlines()[-TAIL:])
     seconds = time.monotonic() - started
     if process.returncode != 0:
         named = failed_cell(source, partial)
@@ -129,19 +129,20 @@ def execute(source: Path, folder: Path, stage: Path, parameters: dict, key: str)
 
 
 def execute_stale(folder: Path, stage: Path, parameters: dict, jobs: int) -> None:
-    """Execute the chapters that have no executed copy with today's key. All are tried; failures are told at the end."""
+    """Execute the chapters whose copy is missing or stale. All are tried, then failures are told."""
     common = common_key(parameters)
     todo = {}
     for source in cells.chapters():
         key = digest(common, source)
         cost = folder / (source.stem + ".json")
-        fresh = (folder / source.name).exists() and cost.exists() and json.loads(cost.read_text())["key"] == key
-        if not fresh:
+        copied = (folder / source.name).exists() and cost.exists()
+        if not (copied and json.loads(cost.read_text())["key"] == key):
             todo[source] = key
     if not todo:
         print("chapters: all up to date", flush=True)
         return
-    print(f"chapters: executing {', '.join(s.stem for s in todo)} with profile {parameters['profile']}", flush=True)
+    names = ", ".join(source.stem for source in todo)
+    print(f"chapters: executing {names} with profile {parameters['profile']}", flush=True)
     failures = []
     pool = ThreadPoolExecutor(max_workers=jobs)
     try:
@@ -158,12 +159,13 @@ def execute_stale(folder: Path, stage: Path, parameters: dict, jobs: int) -> Non
         raise ChapterError("\n\n".join(failures))
 
 
-# --- staging -------------------------------------------------------------------------------------------------------
+# --- staging
 
 
 def badges(cost: dict, name: str, address: str) -> str:
     """One line of MyST: when and how the chapter was executed, what it cost, and where to run it."""
-    colab = f"https://colab.research.google.com/github/{address.split('github.com/')[1]}/blob/main/book/{name}"
+    slug = address.split("github.com/")[1]
+    colab = f"https://colab.research.google.com/github/{slug}/blob/main/book/{name}"
     minutes, seconds = divmod(round(cost["seconds"]), 60)
     spent = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
     return "\n".join(
@@ -184,7 +186,7 @@ def staged_notebook(folder: Path, name: str, address: str) -> str:
     lines = "".join(first["source"]).splitlines()
     if first["cell_type"] != "markdown" or not lines or not lines[0].startswith("# "):
         raise ChapterError(f"book/{name}: the first cell must be markdown and begin with the title, '# ...'")
-    first["source"] = "\n".join([lines[0], "", badges(cost, name, address), "", *lines[1:]]).splitlines(keepends=True)
+    first["source"] = "\n".join([lines[0], "", badges(cost, name, address), "", *lines[1:]])
     notebook["metadata"].pop("papermill", None)
     for cell in notebook["cells"]:
         cell["metadata"].pop("papermill", None)
@@ -202,10 +204,13 @@ def link(target: Path, path: Path) -> None:
 
 
 def lay_stage(stage: Path) -> None:
-    """Everything but the chapters: pages, style, and links to results/ and gi_lib/, which stand beside book/ as in the
-    repository. `extra` is copied to the top of the site, so that ../results/NAME.jsonl works on every page."""
+    """Everything but the chapters: pages, style, and links to what stands beside book/ in the repository.
+
+    `extra` is copied to the top of the site, so that ../results/NAME.jsonl works on every page.
+    """
     shutil.rmtree(stage, ignore_errors=True)
-    shutil.copytree(BOOK, stage / "book", ignore=shutil.ignore_patterns("*.ipynb", "*.py", "__pycache__", ".*", "*.toml"))
+    left_out = shutil.ignore_patterns("*.ipynb", "*.py", "__pycache__", ".*")
+    shutil.copytree(BOOK, stage / "book", ignore=left_out)
     for name in PAGES:
         if (REPO / name).exists():
             shutil.copy(REPO / name, stage / name)
@@ -216,7 +221,7 @@ def lay_stage(stage: Path) -> None:
 
 
 def build_site(root: Path, parameters: dict, jobs: int) -> Path:
-    """Execute what is stale, lay the staged tree, and run jupyter-book unless this very tree was built before."""
+    """Execute what is stale, stage everything, and build unless this very tree was built before."""
     build = root.resolve() / "_build"
     stage, folder, html, built = build / "stage", build / "executed", build / "html", build / "built"
     lay_stage(stage)
@@ -230,7 +235,8 @@ def build_site(root: Path, parameters: dict, jobs: int) -> Path:
         return html
     built.unlink(missing_ok=True)
     shutil.rmtree(html, ignore_errors=True)
-    command = [sys.executable, "-m", "jupyter_book", "build", str(stage), "--path-output", str(root.resolve())]
+    program = Path(sys.executable).with_name("jupyter-book")
+    command = [str(program), "build", str(stage), "--path-output", str(root.resolve())]
     # --all, because a page that is not read again would not repeat its warnings.
     status = subprocess.run([*command, "-W", "-n", "--keep-going", "--all", "-q"]).returncode
     if status != 0:
@@ -249,6 +255,7 @@ def copies(root: Path, parameters: dict) -> Path:
     lay_stage(folder)
     for source in cells.chapters():
         notebook = parameterize_notebook(load_notebook_node(str(source)), parameters)
+        notebook.metadata.pop("papermill", None)
         write(folder / "book" / source.name, json.dumps(notebook, indent=1))
     return folder
 
@@ -263,7 +270,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="chapters executed at a time")
     parser.add_argument("--root", type=Path, default=REPO, help="where _build goes")
     a = parser.parse_args()
-    parameters = dict(zip(PARAMETERS, (a.profile, a.device or None, a.data_root or None, a.seed), strict=True))
+    parameters = {"profile": a.profile, "device": a.device or None}
+    parameters |= {"data_root": a.data_root or None, "seed": a.seed}
     try:
         if a.what == "copies":
             copies(a.root, parameters)

@@ -1,7 +1,7 @@
 """The cells that every chapter shares, and the repository's address that they repeat.
 
-`python book/cells.py` writes both cells into every chapter; `python book/cells.py --repository URL` changes the address
-first, in `_config.yml`, where it stands, and in every file that has to repeat it.
+`python book/cells.py` writes both cells into every chapter. With `--repository URL` it changes the address first: in
+`_config.yml`, where it stands, and in every file that has to repeat it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ ROOT = Path(__file__).resolve().parent.parent
 INSTALL = """\
 # Where gi_lib is installed this cell does nothing. Elsewhere, as in Colab,
 # it fetches the project and installs what is missing; torch stays as it is.
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 
-REPOSITORY = "{address}"
-if importlib.util.find_spec("gi_lib") is None:
+REPOSITORY = "ADDRESS"
+if find_spec("gi_lib") is None:
     if not os.path.isdir("gi_book"):
         clone = ["git", "clone", "--depth=1", REPOSITORY, "gi_book"]
         subprocess.run(clone, check=True)
-    fixed = [n for n in ("torch", "torchvision") if importlib.util.find_spec(n)]
+    fixed = [name for name in ("torch", "torchvision") if find_spec(name)]
     fixed = [f"{name}=={version(name)}" for name in fixed]
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, "./gi_book[lpips,plots]", *fixed], check=True)
@@ -44,18 +45,31 @@ device = None  # None: a GPU where there is one, else the CPU
 data_root = None  # None: $GI_DATA, else the user's cache folder
 seed = 0"""
 
-ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+")
+METADATA = {
+    "install": {
+        "mystnb": {"code_prompt_show": "Install (nothing to do where gi_lib is installed)"},
+        "tags": ["install", "hide-input"],
+    },
+    "parameters": {"tags": ["parameters"]},
+}
+
+PATTERN = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+")
 
 
 def address(root: Path = ROOT) -> str:
     """The repository's address, from the one place where it stands: `repository: url:` in `_config.yml`."""
     found = re.search(r"^repository:\n(?:  .*\n)*?  url: *(\S+)", (root / "_config.yml").read_text(), re.M)
-    if not found or not ADDRESS.fullmatch(found[1]):
+    if not found or not PATTERN.fullmatch(found[1]):
         raise SystemExit(
-            "_config.yml has no 'repository: url: https://github.com/OWNER/NAME'; the notebooks and the badges "
-            "take the address from there"
+            "_config.yml has no 'repository: url: https://github.com/OWNER/NAME'; the notebooks and the "
+            "badges take the address from there"
         )
     return found[1]
+
+
+def install(address: str) -> str:
+    """The first code cell of every chapter."""
+    return INSTALL.replace("ADDRESS", address)
 
 
 def chapters(root: Path = ROOT) -> list[Path]:
@@ -73,10 +87,10 @@ def repeats(root: Path = ROOT) -> list[Path]:
 def rename(new: str, root: Path = ROOT) -> list[Path]:
     """Replace the address, also inside links to Colab, and return the files that changed."""
     new = new.removesuffix("/").removesuffix(".git")
-    if not ADDRESS.fullmatch(new):
+    if not PATTERN.fullmatch(new):
         raise SystemExit(
-            f"the address must look like https://github.com/OWNER/NAME, because Colab opens notebooks from there; "
-            f"got {new!r}"
+            "the address must look like https://github.com/OWNER/NAME, because Colab opens notebooks from "
+            f"there; got {new!r}"
         )
     slug, old = new.split("github.com/")[1], address(root).split("github.com/")[1]
     pattern = re.compile(r"(?<=github\.com/|com/github/)" + re.escape(old) + r"(?![\w-])")
@@ -91,14 +105,14 @@ def rename(new: str, root: Path = ROOT) -> list[Path]:
 
 
 def write_cells(path: Path, address: str) -> bool:
-    """Give a notebook the canonical install and parameters cells, found by their ids; say whether it changed."""
+    """Give a notebook both cells, found by their ids, and normal JSON; say whether it changed."""
     text = path.read_text()
     notebook = json.loads(text)
     cells = {cell.get("id"): cell for cell in notebook["cells"]}
-    for name, source in (("install", INSTALL.format(address=address)), ("parameters", PARAMETERS)):
+    for name, source in (("install", install(address)), ("parameters", PARAMETERS)):
         if name not in cells:
-            raise SystemExit(f"{path}: no cell has the id {name!r}; a chapter's first two code cells are install, parameters")
-        cells[name]["source"] = source.splitlines(keepends=True)
+            raise SystemExit(f"{path}: no cell has the id {name!r}; every chapter begins with both")
+        cells[name] |= {"source": source.splitlines(keepends=True), "metadata": METADATA[name]}
     new = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
     path.write_text(new)
     return new != text
@@ -106,7 +120,9 @@ def write_cells(path: Path, address: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repository", metavar="URL", help="change the address everywhere, then write the cells")
+    parser.add_argument(
+        "--repository", metavar="URL", help="change the address everywhere, then write the cells"
+    )
     arguments = parser.parse_args()
     changed = rename(arguments.repository) if arguments.repository else []
     changed += [path for path in chapters() if write_cells(path, address())]

@@ -1,0 +1,326 @@
+"""The book's sources, the address that they repeat, and the site that was built from them.
+
+The site is the one in $GI_SITE, which `make test` sets after building it: then a missing site fails. Without
+GI_SITE the tests of the site look at `_build/html` and are skipped where nothing is built.
+"""
+
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import tomllib
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "book"))
+import cells  # noqa: E402  the book's own helpers are no package
+
+CHAPTERS = cells.chapters()
+each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+def notebook(path):
+    return json.loads(path.read_text())
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+# --- the sources
+
+
+def test_there_are_chapters():
+    assert CHAPTERS
+
+
+@each_chapter
+def test_notebook_is_clean(path):
+    """No outputs, stable ids, no metadata that an editor left, and bytes that `make cells` would write."""
+    nb = notebook(path)
+    assert (nb["nbformat"], nb["nbformat_minor"]) == (4, 5)
+    assert set(nb["metadata"]) <= {"kernelspec", "language_info"}
+    assert nb["metadata"]["kernelspec"]["name"] == "python3"
+    ids = [cell["id"] for cell in nb["cells"]]
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch(r"[a-z][a-z0-9-]{1,62}", name) for name in ids), ids
+    for cell in nb["cells"]:
+        assert source(cell).strip(), f"{cell['id']} is empty"
+        assert set(cell["metadata"]) <= {"tags", "mystnb"}, cell["id"]
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None, cell["id"]
+    assert path.read_text() == json.dumps(nb, indent=1, ensure_ascii=False) + "\n", "run `make cells`"
+
+
+@each_chapter
+def test_code_is_narrow(path):
+    wide = [
+        (cell["id"], line)
+        for cell in notebook(path)["cells"]
+        if cell["cell_type"] == "code"
+        for line in source(cell).splitlines()
+        if len(line) > 78
+    ]
+    assert wide == []
+
+
+@each_chapter
+def test_first_cells(path):
+    """A numbered title, then the same install and parameters cells everywhere."""
+    nb = notebook(path)
+    assert re.match(r"# \d+\. \S", source(nb["cells"][0])), "a chapter begins with '# NUMBER. TITLE'"
+    code = [cell for cell in nb["cells"] if cell["cell_type"] == "code"]
+    for cell, name, text in (
+        (code[0], "install", cells.install(cells.address())),
+        (code[1], "parameters", cells.PARAMETERS),
+    ):
+        assert cell["id"] == name
+        assert source(cell) == text, "run `make cells`"
+        assert cell["metadata"] == cells.METADATA[name], "run `make cells`"
+
+
+@each_chapter
+def test_injected_parameters_stay_visible(path):
+    """A hidden parameters cell would let the page show values that it did not use."""
+    for cell in notebook(path)["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            assert not [tag for tag in cell["metadata"]["tags"] if tag.startswith(("hide", "remove"))]
+
+
+def pages():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    return [toc["root"]] + [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
+
+
+def test_every_page_is_in_the_table_of_contents():
+    found = {f"book/{p.stem}" for p in (ROOT / "book").iterdir() if p.suffix in {".md", ".ipynb"}}
+    listed = pages()
+    assert len(set(listed)) == len(listed)
+    assert {page for page in listed if page.startswith("book/")} == found
+
+
+def test_chapters_stand_in_the_order_of_their_numbers():
+    titles = [
+        source(notebook(ROOT / f"{page}.ipynb")["cells"][0])
+        for page in pages()
+        if (ROOT / f"{page}.ipynb").exists()
+    ]
+    numbers = [int(re.match(r"# (\d+)\.", title)[1]) for title in titles]
+    assert numbers == sorted(set(numbers))
+
+
+# --- what is said twice
+
+
+def test_requirements_are_the_sum_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [name for group in project["optional-dependencies"].values() for name in group]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if line and not line.startswith("#")] == project["dependencies"] + extras
+
+
+def test_version_stands_in_pyproject_and_citation():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == project["version"]
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_address_is_repeated_right():
+    address = cells.address()
+    assert yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"] == address
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"] == address
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"] == address
+    assert f"git clone {address}" in (ROOT / "README.md").read_text()
+
+
+def test_one_target_changes_the_address_everywhere(tmp_path):
+    (tmp_path / "book").mkdir()
+    for path in cells.repeats():
+        (tmp_path / path.relative_to(ROOT)).write_bytes(path.read_bytes())
+    old = cells.address()
+    cells.rename("https://github.com/somebody/else.git", tmp_path)
+    assert cells.address(tmp_path) == "https://github.com/somebody/else"
+    for path in cells.repeats(tmp_path):
+        assert old.split("github.com/")[1] not in path.read_text(), path.name
+    for path in cells.chapters(tmp_path):
+        assert not cells.write_cells(path, cells.address(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "github.com/a/b", "https://example.org/a/b", "https://github.com/a", "a b"]
+)
+def test_wrong_address_is_refused(tmp_path, wrong):
+    (tmp_path / "book").mkdir()
+    (tmp_path / "_config.yml").write_text("repository:\n  url: https://github.com/a/b\n")
+    with pytest.raises(SystemExit, match="must look like"):
+        cells.rename(wrong, tmp_path)
+
+
+# --- the site
+
+
+@pytest.fixture(scope="module")
+def site():
+    given = os.environ.get("GI_SITE")
+    folder = (ROOT / (given or "_build/html")).resolve()
+    if not (folder / "index.html").exists():
+        if given:
+            pytest.fail(f"GI_SITE={given} holds no site; `make test` builds it first")
+        pytest.skip("no site is built: make book")
+    return folder
+
+
+class Page(HTMLParser):
+    """What a page loads and links to: `tags` is a list of (tag, attributes)."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.tags = path, []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    @property
+    def ids(self):
+        return {a["id"] for _, a in self.tags if a.get("id")} | {
+            a["name"] for t, a in self.tags if t == "a" and a.get("name")
+        }
+
+
+def outside(url):
+    return bool(urlsplit(url or "").netloc)
+
+
+def loads(tag, attributes):
+    """The addresses that a browser fetches by itself when it meets this tag."""
+    if tag == "link":
+        inert = {"canonical", "author", "license", "next", "prev", "index", "search"}
+        return [] if set((attributes.get("rel") or "").split()) & inert else [attributes.get("href")]
+    names = {"object": ("data",), "video": ("src", "poster")}.get(tag, ("src",))
+    found = [attributes.get(name) for name in names] if tag != "a" else []
+    return found + [part.split()[0] for part in (attributes.get("srcset") or "").split(",") if part.strip()]
+
+
+@pytest.fixture(scope="module")
+def html(site):
+    return [Page(path) for path in sorted(site.rglob("*.html")) if "_static" not in path.parts]
+
+
+def test_pages_load_nothing_from_other_hosts(html):
+    assert html
+    found = [
+        (p.path.name, tag, url) for p in html for tag, a in p.tags for url in loads(tag, a) if outside(url)
+    ]
+    assert found == []
+
+
+def test_style_sheets_load_nothing_from_other_hosts(site):
+    pattern = re.compile(r"""(?:url\(|@import)\s*["']?((?:https?:)?//[^"')\s]+)""")
+    found = [(path.name, url) for path in site.rglob("*.css") for url in pattern.findall(path.read_text())]
+    assert found == []
+
+
+def test_inline_scripts_name_no_script_of_another_host(html):
+    pattern = re.compile(r"""["'](?:https?:)?//[^"'\s]+\.m?js["']""")
+    assert [(p.path.name, url) for p in html for url in pattern.findall(p.path.read_text())] == []
+
+
+def test_mathjax_is_vendored(site, html):
+    scripts = [
+        a["src"] for p in html for tag, a in p.tags if tag == "script" and "mathjax" in a.get("src", "")
+    ]
+    assert scripts
+    assert (site / "_static/mathjax/tex-chtml-full.js").exists() and (
+        site / "_static/mathjax/LICENSE"
+    ).exists()
+
+
+def test_links_inside_the_site_lead_somewhere(site, html):
+    """Also the provenance links to ../results/."""
+    by_path = {page.path.resolve(): page for page in html}
+    broken = []
+    for page in html:
+        for tag, attributes in page.tags:
+            for url in [attributes.get("href"), *loads(tag, attributes)]:
+                parts = urlsplit(url or "")
+                if not url or parts.scheme or parts.netloc or url == "#":
+                    continue
+                target = (
+                    (page.path.parent / unquote(parts.path)).resolve() if parts.path else page.path.resolve()
+                )
+                anchor = unquote(parts.fragment)
+                known = by_path[target].ids if target in by_path else {anchor}
+                if not target.exists() or (anchor and anchor not in known):
+                    broken.append((page.path.name, url))
+    assert broken == []
+
+
+def test_pictures_have_alternative_text(html):
+    bad = []
+    for page in html:
+        for tag, attributes in page.tags:
+            alt = attributes.get("alt")
+            if tag == "img" and (not alt or not alt.strip() or alt.endswith((".png", ".svg", ".jpg"))):
+                bad.append((page.path.name, attributes.get("src", "")[:60], alt))
+    assert bad == []
+
+
+@each_chapter
+def test_chapter_page_has_badges_and_buttons(site, path):
+    text = (site / "book" / f"{path.stem}.html").read_text()
+    slug = cells.address().split("github.com/")[1]
+    assert f'href="https://colab.research.google.com/github/{slug}/blob/main/book/{path.name}"' in text
+    assert f'href="{cells.address()}"' in text, "the repository button is gone"
+    for words in ("run time", "peak memory", "executed 20"):
+        assert words in text
+
+
+def test_pages_that_were_given_parameters_show_them(site):
+    for path in CHAPTERS:
+        assert "# Parameters" in (site / "book" / f"{path.stem}.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def origin(site):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(site))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+@each_chapter
+def test_browser_asks_no_other_host(origin, tmp_path, path):
+    """The same in a real browser, where one is installed: what the page asked for by its network log."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium")
+    log = tmp_path / "net.json"
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += ["--disable-component-update", f"--user-data-dir={tmp_path}/profile", f"--log-net-log={log}"]
+    command += ["--virtual-time-budget=5000", "--dump-dom", f"{origin}/book/{path.stem}.html"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert "mjx-container" in dom, "MathJax did not typeset the page"
+    # One event a line; the browser's own requests have no origin as their initiator.
+    events = [json.loads(line.rstrip(",")) for line in log.read_text().splitlines() if '"initiator"' in line]
+    own = {event["params"]["url"] for event in events if event["params"]["initiator"] == origin}
+    assert any("mathjax" in url for url in own), (
+        "the network log has no request of the page: its format changed"
+    )
+    assert {url for url in own if not url.startswith(origin)} == set()
