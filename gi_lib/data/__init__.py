@@ -1,0 +1,191 @@
+"""Datasets by name: bytes and labels, and a Batch in [0, 1] of any of them.
+
+A dataset is looked for in the data root (see `root`): first as a pack `<name>/{train,test}.npz` with the
+arrays `images` (uint8 [N, H, W, C]), `labels` (int64 [N]) and, if it has them, `classes` (K names), and
+imagenet as `imagenet/images` with `imagenet/labels.csv`; then in torchvision's own layout; then torchvision
+downloads it there. `digits` and `photos` are embedded and need no data root. `DATASETS` says what there is.
+"""
+
+import hashlib
+import operator
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gi_lib.data.embedded import digits, photos
+from gi_lib.data.images import ImageFiles, resize
+from gi_lib.data.sources import Found, read_imagenet, read_pack, read_torchvision
+from gi_lib.data.specs import DATASETS, NAMES, DataError, Spec
+from gi_lib.types import Batch, nearest
+
+__all__ = ["DATASETS", "NAMES", "DataError", "Dataset", "Spec", "load", "root"]
+
+SPLITS = ("test", "train")
+SMALLEST, LARGEST, LARGEST_PHOTO = 4, 1024, 224  # sizes in pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """One split of a dataset.
+
+    Args:
+        name, split: as given to `load`.
+        images: uint8 [N, H, W, C], or ImageFiles, which are decoded batch by batch (imagenet).
+        labels: int64 [N].
+        num_classes: K.
+        mean, std: of each channel, in units of [0, 1], as `models.build` takes them.
+        origin: "embedded", "data root pack" or "torchvision".
+        class_names: K names, or None.
+    """
+
+    name: str
+    split: str
+    images: np.ndarray | ImageFiles
+    labels: np.ndarray
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    origin: str
+    class_names: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        _, height, width, channels = self.images.shape
+        return channels, height, width
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The images at `indices` as [B, C, H, W] float32 in [0, 1], with their labels [B] int64, on the CPU.
+
+        Raises:
+            ValueError: there are no indices, or one is outside 0 to N - 1.
+            DataError: an image file can't be decoded.
+        """
+        images, labels = self._take(indices)
+        scaled = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 255
+        return Batch(scaled, torch.from_numpy(labels))
+
+    def hash(self, indices: Sequence[int]) -> str:
+        """12 hexadecimal digits of the SHA-256 of the images (shape and bytes) and labels at `indices`."""
+        images, labels = self._take(indices)
+        digest = hashlib.sha256(repr(images.shape).encode())
+        digest.update(images.tobytes())
+        digest.update(labels.astype("<i8").tobytes())
+        return digest.hexdigest()[:12]
+
+    def _take(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        chosen = np.asarray(indices)
+        if chosen.size == 0:
+            raise ValueError("no indices were given; a batch needs at least one")
+        if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
+            raise ValueError(f"indices must be a list of whole numbers, such as [0, 1, 2], got {indices!r}")
+        wrong = chosen[(chosen < 0) | (chosen >= len(self))]
+        if wrong.size:
+            raise ValueError(
+                f"index {wrong[0]} is out of range: {self.name} {self.split} has {len(self)} images,"
+                f" numbered 0 to {len(self) - 1}; choose among these (negative ones don't count from the end)"
+            )
+        images = self.images.decode(chosen) if isinstance(self.images, ImageFiles) else self.images[chosen]
+        return images, self.labels[chosen]
+
+
+def root(folder: str | Path | None = None) -> Path:
+    """The data root: `folder`, else $GI_DATA, else gi_lib in the user's cache ($XDG_CACHE_HOME, or ~/.cache).
+
+    Raises:
+        FileNotFoundError: `folder` or $GI_DATA is no folder. (The cache need not exist: a download makes it.)
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gi_lib"
+    given = folder or os.environ.get("GI_DATA")
+    if not given:
+        return cache
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        said = "given as root" if folder else "named by the environment variable GI_DATA"
+        raise FileNotFoundError(
+            f"the data root {path}, {said}, is not a folder; create it, correct the name, or leave it out"
+            f" to use {cache}"
+        )
+    return path
+
+
+def load(
+    name: str,
+    *,
+    split: str = "test",
+    size: int | None = None,
+    root: str | Path | None = None,
+    download: bool = True,
+) -> Dataset:
+    """Load one split of a dataset.
+
+    Args:
+        name: one of NAMES.
+        split: "test" (what is attacked) or "train" (what priors and checkpoints are trained on).
+        size: makes every image a square of this side: the shorter side is resized to it, the centre cut out.
+            None leaves the dataset's own shape, `DATASETS[name].image_shape`.
+        root: the data root; see `data.root`.
+        download: let torchvision download what the data root doesn't have.
+
+    Raises:
+        ValueError: an unknown name or split, or a size outside 4 to 1024 (photos: 224).
+        FileNotFoundError: the data root is no folder.
+        DataError: the data is missing or damaged, or its download failed.
+    """
+    if name not in DATASETS:
+        raise ValueError(nearest(name, DATASETS, "dataset"))
+    if split not in SPLITS:
+        raise ValueError(f"no split is called {split!r}; choose 'test' (the default) or 'train'")
+    if size is not None:
+        size = _checked_size(name, size)
+    spec = DATASETS[name]
+    found = _find(name, split, size or spec.image_shape[1], root, download)
+    images = found.images
+    if size is not None and isinstance(images, np.ndarray) and images.shape[1:3] != (size, size):
+        images = np.stack([resize(image, size) for image in images])
+    return Dataset(
+        name=name,
+        split=split,
+        images=images,
+        labels=found.labels,
+        num_classes=spec.num_classes,
+        mean=spec.mean,
+        std=spec.std,
+        origin=found.origin,
+        class_names=spec.class_names or found.class_names,
+    )
+
+
+def _find(name: str, split: str, size: int, folder: str | Path | None, download: bool) -> Found:
+    if name == "digits":
+        return digits(split)
+    if name == "photos":
+        return photos(split, size)
+    where = root(folder)
+    pack = where / name / f"{split}.npz"
+    if name == "imagenet":
+        return read_imagenet(where / name, split, size)
+    if pack.exists():
+        return read_pack(pack, DATASETS[name])
+    if name == "faces":
+        raise DataError(
+            f"there is no {pack}, and the faces can't be downloaded; make that file from the AT&T (ORL)"
+            " faces: images uint8 [N, 112, 92, 1], labels int64 [N]"
+        )
+    return read_torchvision(name, split, where, download)
+
+
+def _checked_size(name: str, size: int) -> int:
+    largest = LARGEST_PHOTO if name == "photos" else LARGEST
+    if isinstance(size, bool) or not hasattr(size, "__index__") or not SMALLEST <= size <= largest:
+        raise ValueError(
+            f"size must be a whole number of pixels from {SMALLEST} to {largest} for {name}, got {size!r}"
+        )
+    return operator.index(size)

@@ -1,0 +1,227 @@
+"""How close a reconstruction is to the truth: one definition of each metric, one value an image.
+
+Images are [B, C, H, W] in [0, 1], on any device and of any float type; values are computed on the CPU in
+float64 (LPIPS in float32) and come back as [B] float64 tensors. `evaluate` clips and matches once, and gives
+every metric the same pairs; the metrics themselves compare image i with image i and clip nothing.
+"""
+
+import functools
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from scipy.optimize import linear_sum_assignment
+from skimage.metrics import structural_similarity
+from torch import Tensor, nn
+
+from gi_lib import data
+from gi_lib.types import Batch, Reconstruction, Scores
+
+PSNR_CAP = 150.0
+"""The highest PSNR of one image, in dB. An exact image's is infinite and would make any mean infinite. 150 dB
+is an error of 3e-8 (root mean square), half of float32's spacing below 1: more is rounding, not quality."""
+
+SSIM_WINDOW = 7
+LPIPS_SIDE = 32
+ALEXNET_FEATURES = Path("weights", "lpips", "alexnet_features.safetensors")
+# Layer of torchvision's `alexnet().features` -> the slice of the lpips package's network that holds it.
+LPIPS_SLICES = {"0": 1, "3": 2, "6": 3, "8": 4, "10": 5}
+
+
+def align(reconstructed: Tensor, truth: Tensor) -> Tensor:
+    """The one-to-one assignment of least total MSE, [B] int64: image permutation[i] goes with truth i."""
+    reconstructed, truth = _pair(reconstructed, truth)
+    cost = torch.stack([(reconstructed - image).square().flatten(1).mean(dim=1) for image in truth])
+    _, permutation = linear_sum_assignment(cost.numpy())
+    return torch.from_numpy(permutation)
+
+
+def mse(reconstructed: Tensor, truth: Tensor) -> Tensor:
+    """Mean over pixels and channels of (x' - x)^2, [B]. Lower is better."""
+    reconstructed, truth = _pair(reconstructed, truth)
+    return (reconstructed - truth).square().flatten(1).mean(dim=1)
+
+
+def psnr(reconstructed: Tensor, truth: Tensor) -> Tensor:
+    """-10 log10(MSE), the peak being 1, [B] in dB, at most PSNR_CAP. Higher is better."""
+    return (-10 * torch.log10(mse(reconstructed, truth))).clamp(max=PSNR_CAP)
+
+
+def ssim(reconstructed: Tensor, truth: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) as scikit-image defines it, channels averaged, [B] in [-1, 1].
+
+    The window is scikit-image's default, 7x7 and uniform; a smaller image takes the largest odd window that
+    fits it.
+
+    Raises:
+        ValueError: an image has a side under 3 pixels.
+    """
+    reconstructed, truth = _pair(reconstructed, truth)
+    side = min(truth.shape[-2:])
+    if side < 3:
+        raise ValueError(f"SSIM needs 3 pixels a side or more, got images {list(truth.shape)}; enlarge them")
+    window = min(SSIM_WINDOW, side - 1 + side % 2)
+    values = [
+        structural_similarity(a, b, data_range=1.0, channel_axis=0, win_size=window)
+        for a, b in zip(reconstructed.numpy(), truth.numpy(), strict=True)
+    ]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def lpips(
+    reconstructed: Tensor, truth: Tensor, *, root: str | Path | None = None, download: bool = True
+) -> Tensor | None:
+    """Learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924), AlexNet v0.1, [B]. Lower is better.
+
+    The network is the `lpips` package's, with the package's own linear weights. AlexNet's weights come from
+    `<root>/weights/lpips/alexnet_features.safetensors`, else from torchvision's download. Grey images are
+    repeated to three channels; images with a side under 32 pixels are enlarged, bilinearly, until it has 32.
+
+    Returns:
+        The distances, or None, with one warning in a process, where the package or the weights can't be had.
+        The network is never a random one.
+
+    Raises:
+        ValueError: images that have neither 1 nor 3 channels.
+    """
+    pair = _pair(reconstructed, truth)
+    if truth.shape[1] not in (1, 3):
+        raise ValueError(f"LPIPS needs 1 or 3 channels, got {truth.shape[1]}; choose three of them")
+    network = _network_at(root, download)
+    if isinstance(network, str):
+        _warn_missing(network)
+        return None
+    with torch.no_grad():
+        return network(*map(_perceivable, pair), normalize=True).flatten().double()
+
+
+def label_accuracy(predicted: Tensor, truth: Tensor) -> float:
+    """Share of the true labels that were found, order aside: |predicted and truth, as multisets| / B."""
+    if predicted.ndim != 1 or predicted.shape != truth.shape or predicted.is_floating_point():
+        raise ValueError(
+            f"labels must be two lists of B whole numbers, got {predicted.dtype} {list(predicted.shape)} and"
+            f" {truth.dtype} {list(truth.shape)}; take the argmax of soft labels"
+        )
+    found = Counter(predicted.tolist()) & Counter(truth.tolist())
+    return found.total() / len(truth)
+
+
+def evaluate(
+    reconstruction: Reconstruction, batch: Batch, *, root: str | Path | None = None, download: bool = True
+) -> Scores:
+    """Score a reconstruction against the true batch.
+
+    The reconstruction is clipped to [0, 1] once and matched one to one with the truth by least MSE, and every
+    metric uses these pairs: entry i of each score belongs to image i of `batch`.
+
+    Args:
+        root: where LPIPS looks for its weights; see `data.root`.
+        download: let torchvision download AlexNet for LPIPS, where the data root has no weights.
+
+    Raises:
+        ValueError: the shapes differ, or a pixel of the reconstruction is NaN or infinite.
+    """
+    images, truth = _pair(reconstruction.images, batch.images)
+    images = images.clamp(0, 1)
+    permutation = align(images, truth)
+    images = images[permutation]
+    return Scores(
+        mse=mse(images, truth),
+        psnr=psnr(images, truth),
+        ssim=ssim(images, truth),
+        lpips=lpips(images, truth, root=root, download=download),
+        label_accuracy=label_accuracy(reconstruction.labels, batch.labels),
+        permutation=permutation,
+    )
+
+
+def _pair(reconstructed: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as float64 on the CPU, if they can be compared."""
+    if truth.ndim != 4 or reconstructed.shape != truth.shape or len(truth) == 0:
+        raise ValueError(
+            f"images must be [B, C, H, W] and of one shape, got {list(reconstructed.shape)} against"
+            f" {list(truth.shape)}; the attack must return as many images, and as large, as the batch has"
+        )
+    for name, images in (("reconstruction", reconstructed), ("truth", truth)):
+        broken = ~torch.isfinite(images).flatten(1).all(dim=1)
+        if broken.any():
+            raise ValueError(
+                f"{int(broken.sum())} of {len(images)} images of the {name} have NaN or infinite"
+                " pixels and can't be scored; if the attack diverged, lower its learning rate or give it more"
+                " restarts"
+            )
+    return reconstructed.detach().cpu().double(), truth.detach().cpu().double()
+
+
+def _perceivable(images: Tensor) -> Tensor:
+    """[B, 3, H, W] float32, both sides 32 or more."""
+    images = images.float().expand(-1, 3, -1, -1)
+    scale = LPIPS_SIDE / min(images.shape[-2:])
+    if scale <= 1:
+        return images
+    size = [round(scale * side) for side in images.shape[-2:]]
+    return nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+
+def _network_at(root: str | Path | None, download: bool) -> nn.Module | str:
+    """The network, or why there is none."""
+    try:
+        file = data.root(root) / ALEXNET_FEATURES
+    except FileNotFoundError as error:
+        return str(error)
+    if file.is_file():
+        return _network(file)
+    if not download:
+        return f"there is no {file}, and the download is off"
+    return _network(None)
+
+
+@functools.cache
+def _network(file: Path | None) -> nn.Module | str:
+    """LPIPS with AlexNet from `file`, else from a download, or why there is none; built once a process."""
+    try:
+        import lpips as package  # not needed by anything else
+    except ImportError:
+        return "the lpips package is not installed (pip install lpips)"
+    try:
+        state = safetensors.torch.load_file(file) if file else _downloaded_alexnet()
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # URLError is an OSError
+        where = f"{file} is damaged" if file else "AlexNet's weights could not be downloaded"
+        return f"{where} ({error})"
+    # The package builds a random AlexNet before ours goes in, so shield the caller's random state; and it
+    # uses an argument that torchvision has deprecated.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = package.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
+    try:
+        network.net.load_state_dict(
+            {_slice_name(key): tensor for key, tensor in state.items() if key.startswith("features.")}
+        )
+    except (KeyError, ValueError, RuntimeError) as error:
+        return f"{file or 'the download'} does not hold AlexNet's features ({error})"
+    return network.eval().requires_grad_(False)
+
+
+def _slice_name(key: str) -> str:
+    """torchvision's name of an AlexNet weight -> the lpips package's: features.3.bias -> slice2.3.bias."""
+    _, layer, kind = key.split(".")
+    return f"slice{LPIPS_SLICES[layer]}.{layer}.{kind}"
+
+
+def _downloaded_alexnet() -> dict[str, Tensor]:
+    from torchvision.models import AlexNet_Weights
+
+    weights = AlexNet_Weights.IMAGENET1K_V1
+    return dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
+
+
+@functools.cache
+def _warn_missing(why: str) -> None:
+    warnings.warn(
+        f"LPIPS is missing: {why}. It needs the lpips package, and AlexNet's features at {ALEXNET_FEATURES}"
+        " in the data root or by download; `gi score` fills the values in later",
+        stacklevel=3,
+    )
