@@ -22,6 +22,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import cells
@@ -209,7 +210,7 @@ def lay_stage(stage: Path) -> None:
     `extra` is copied to the top of the site, so that ../results/NAME.jsonl works on every page.
     """
     shutil.rmtree(stage, ignore_errors=True)
-    left_out = shutil.ignore_patterns("*.ipynb", "*.py", "__pycache__", ".*")
+    left_out = shutil.ignore_patterns("*.ipynb", "build.py", "cells.py", "__pycache__", ".*")
     shutil.copytree(BOOK, stage / "book", ignore=left_out)
     for name in PAGES:
         if (REPO / name).exists():
@@ -273,6 +274,10 @@ def main() -> int:
     parameters = {"profile": a.profile, "device": a.device or None}
     parameters |= {"data_root": a.data_root or None, "seed": a.seed}
     try:
+        if find_spec("gi_lib") is None:
+            raise ChapterError(
+                f"gi_lib is not installed in {sys.executable}; `make book` installs and builds"
+            )
         if a.what == "copies":
             copies(a.root, parameters)
         else:
