@@ -1,7 +1,7 @@
 """The cells that every chapter shares, and the repository's address that they repeat.
 
-`python book/cells.py` writes both cells into every chapter; with `--repository URL` it first changes the address
-in `_config.yml`, where it stands, and in every file that has to repeat it.
+`python book/cells.py` writes both cells into every chapter; with `--repository URL` it first changes the
+address in `_config.yml`, where it stands, and in every file that has to repeat it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Lets sphinx.ext.autodoc read docstrings that are written for people in a terminal.
 
-The package's docstrings hold formulas such as `D = 1 - <g', g> / (|g'| |g|)` and `x*`, which reStructuredText
-takes for markup. Outside of backquotes they are escaped here, and an indented paragraph is shown as it was typed.
-This runs before napoleon, which then reads the sections (Args, Raises).
+The package's docstrings hold formulas such as `D = 1 - <g', g> / (|g'| |g|)` and `x*`, which
+reStructuredText takes for markup. Outside of backquotes they are escaped here, and an indented paragraph is
+shown as it was typed. This runs before napoleon, which then reads the sections (Args, Raises).
 """
 
 import re
