@@ -13,12 +13,16 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
 from gi_lib import data
 from gi_lib.types import Batch, Reconstruction, Scores
+
+Values = Float[Tensor, "B"]
+Permutation = Int[Tensor, "B"]
 
 PSNR_CAP = 150.0
 """The highest PSNR of one image, in dB. An exact image's is infinite and would make any mean infinite. 150 dB
@@ -31,7 +35,7 @@ ALEXNET_FEATURES = Path("weights", "lpips", "alexnet_features.safetensors")
 LPIPS_SLICES = {"0": 1, "3": 2, "6": 3, "8": 4, "10": 5}
 
 
-def align(reconstructed: Tensor, truth: Tensor) -> Tensor:
+def align(reconstructed: Tensor, truth: Tensor) -> Permutation:
     """The one-to-one assignment of least total MSE, [B] int64: image permutation[i] goes with truth i."""
     reconstructed, truth = _pair(reconstructed, truth)
     cost = torch.stack([(reconstructed - image).square().flatten(1).mean(dim=1) for image in truth])
@@ -39,18 +43,18 @@ def align(reconstructed: Tensor, truth: Tensor) -> Tensor:
     return torch.from_numpy(permutation)
 
 
-def mse(reconstructed: Tensor, truth: Tensor) -> Tensor:
+def mse(reconstructed: Tensor, truth: Tensor) -> Values:
     """Mean over pixels and channels of (x' - x)^2, [B]. Lower is better."""
     reconstructed, truth = _pair(reconstructed, truth)
     return (reconstructed - truth).square().flatten(1).mean(dim=1)
 
 
-def psnr(reconstructed: Tensor, truth: Tensor) -> Tensor:
+def psnr(reconstructed: Tensor, truth: Tensor) -> Values:
     """-10 log10(MSE), the peak being 1, [B] in dB, at most PSNR_CAP. Higher is better."""
     return (-10 * torch.log10(mse(reconstructed, truth))).clamp(max=PSNR_CAP)
 
 
-def ssim(reconstructed: Tensor, truth: Tensor) -> Tensor:
+def ssim(reconstructed: Tensor, truth: Tensor) -> Values:
     """Structural similarity (Wang et al. 2004) as scikit-image defines it, channels averaged, [B] in [-1, 1].
 
     The window is scikit-image's default, 7x7 and uniform; a smaller image takes the largest odd window that
@@ -73,7 +77,7 @@ def ssim(reconstructed: Tensor, truth: Tensor) -> Tensor:
 
 def lpips(
     reconstructed: Tensor, truth: Tensor, *, root: str | Path | None = None, download: bool = True
-) -> Tensor | None:
+) -> Values | None:
     """Learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924), AlexNet v0.1, [B]. Lower is better.
 
     The network is the `lpips` package's, with the package's own linear weights. AlexNet's weights come from

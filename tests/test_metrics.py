@@ -1,0 +1,433 @@
+"""Metrics against independent implementations: scikit-image, brute force, and the lpips package itself."""
+
+import errno
+import itertools
+import os
+import sys
+import urllib.error
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import skimage.metrics
+import torch
+import torchvision
+from scipy.ndimage import gaussian_filter
+from torch.nn.functional import interpolate
+
+from gi_lib import data, metrics
+from gi_lib.types import Batch, Reconstruction
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch):
+    """No download, and no network or warning remembered from another test."""
+
+    def fetch(*args, **kwargs):
+        raise AssertionError("a test tried to download")
+
+    monkeypatch.setattr(torchvision.models.AlexNet_Weights, "get_state_dict", fetch)
+    metrics._network.cache_clear()
+    metrics._warn_missing.cache_clear()
+
+
+@pytest.fixture
+def real_root():
+    if not os.environ.get("GI_DATA"):
+        pytest.skip("needs LPIPS's real weights: set GI_DATA to a folder that has them")
+    return data.root()
+
+
+@pytest.fixture(scope="session")
+def features():
+    """Random AlexNet features by torchvision's names; they stand in for the real ones."""
+    rng = torch.Generator().manual_seed(0)
+    layers = ((0, 64, 3, 11), (3, 192, 64, 5), (6, 384, 192, 3), (8, 256, 384, 3), (10, 256, 256, 3))
+    state = {}
+    for layer, rows, columns, side in layers:
+        scale = (2 / (columns * side**2)) ** 0.5
+        state[f"features.{layer}.weight"] = torch.randn(rows, columns, side, side, generator=rng) * scale
+        state[f"features.{layer}.bias"] = torch.randn(rows, generator=rng) * 0.1
+    return state
+
+
+@pytest.fixture(scope="session")
+def random_root(tmp_path_factory, features):
+    pytest.importorskip("lpips", reason="needs the lpips package: pip install lpips")
+    root = tmp_path_factory.mktemp("root")
+    return write_features(root, features)
+
+
+def write_features(root, state):
+    path = root / metrics.ALEXNET_FEATURES
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(state, path)
+    return root
+
+
+def pair(b=3, c=3, h=32, w=32, seed=0, noise=0.2):
+    """(reconstructed, truth), the first being the second with noise."""
+    rng = torch.Generator().manual_seed(seed)
+    truth = torch.rand(b, c, h, w, generator=rng)
+    return (truth + noise * torch.randn(truth.shape, generator=rng)).clamp(0, 1), truth
+
+
+def reconstruction(images, labels=None):
+    labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+    return Reconstruction(images=images, labels=labels, loss=0.0, trace=torch.zeros(1, 1))
+
+
+def batch(images, labels=None):
+    return Batch(images, torch.zeros(len(images), dtype=torch.int64) if labels is None else labels)
+
+
+# Alignment
+
+
+@pytest.mark.parametrize("b", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_align_is_the_best_of_all_permutations(b, seed):
+    rng = torch.Generator().manual_seed(seed)
+    guess, truth = torch.rand(2, b, 1, 4, 4, generator=rng, dtype=torch.float64)
+    totals = {
+        order: sum(((guess[j] - truth[i]) ** 2).mean().item() for i, j in enumerate(order))
+        for order in itertools.permutations(range(b))
+    }
+    permutation = metrics.align(guess, truth)
+    assert permutation.dtype == torch.int64
+    assert tuple(permutation.tolist()) == min(totals, key=totals.get)
+
+
+def test_align_undoes_a_shuffle():
+    noisy, truth = pair(b=8)
+    order = torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])
+    assert torch.equal(order[metrics.align(noisy[order], truth)], torch.arange(8))
+
+
+def test_align_is_one_to_one_where_two_are_nearest_to_the_same():
+    truth = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 1, 4, 4)
+    guess = torch.tensor([0.1, 0.2]).reshape(2, 1, 1, 1).expand(2, 1, 4, 4)  # both nearest to truth 0
+    assert metrics.align(guess, truth).tolist() == [0, 1]
+    assert metrics.align(guess.flip(0), truth).tolist() == [1, 0]
+
+
+def test_align_equal_images():
+    same = torch.full((3, 1, 4, 4), 0.5)
+    assert sorted(metrics.align(same, same).tolist()) == [0, 1, 2]
+
+
+# MSE, PSNR, SSIM
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (1, 8, 8), (1, 112, 92)])
+def test_mse_psnr_and_ssim_agree_with_scikit_image(shape):
+    reconstructed, truth = pair(4, *shape)
+    expected = {"mse": [], "psnr": [], "ssim": []}
+    for a, b in zip(reconstructed, truth, strict=True):
+        a, b = (image.permute(1, 2, 0).double().numpy() for image in (a, b))
+        expected["mse"].append(skimage.metrics.mean_squared_error(b, a))
+        expected["psnr"].append(skimage.metrics.peak_signal_noise_ratio(b, a, data_range=1))
+        expected["ssim"].append(skimage.metrics.structural_similarity(b, a, data_range=1, channel_axis=-1))
+    for name, values in expected.items():
+        result = getattr(metrics, name)(reconstructed, truth)
+        assert result.dtype == torch.float64
+        assert result.shape == (4,)
+        np.testing.assert_allclose(result.numpy(), values, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("side", "window"), [(6, 5), (5, 5), (4, 3), (3, 3)])
+def test_ssim_of_images_smaller_than_its_window(side, window):
+    reconstructed, truth = pair(2, 1, side, 9)
+    expected = [
+        skimage.metrics.structural_similarity(b[0].numpy(), a[0].numpy(), data_range=1, win_size=window)
+        for a, b in zip(reconstructed.double(), truth.double(), strict=True)
+    ]
+    np.testing.assert_allclose(metrics.ssim(reconstructed, truth).numpy(), expected, rtol=1e-10)
+
+
+def test_ssim_of_images_too_small_for_any_window():
+    with pytest.raises(ValueError, match="SSIM needs 3 pixels a side or more"):
+        metrics.ssim(*pair(2, 1, 2, 9))
+
+
+def test_psnr_is_capped_image_by_image():
+    truth = torch.full((4, 1, 8, 8), 0.5, dtype=torch.float64)
+    error = torch.tensor([0, 1e-9, 1e-7, 0.1], dtype=torch.float64).reshape(4, 1, 1, 1)
+    values = metrics.psnr(truth + error, truth)
+    np.testing.assert_allclose(values.numpy(), [metrics.PSNR_CAP, metrics.PSNR_CAP, 140, 20], rtol=1e-6)
+
+
+def test_psnr_resolves_the_smallest_float32_error():
+    truth = torch.full((1, 1, 1, 1), 0.75)
+    next_up = torch.nextafter(truth, torch.ones(1))
+    assert metrics.psnr(next_up, truth).item() == pytest.approx(20 * np.log10(2**24), abs=1e-6)
+    assert metrics.psnr(next_up, truth).item() < metrics.PSNR_CAP
+
+
+def test_equal_images():
+    _, truth = pair()
+    assert metrics.mse(truth, truth).tolist() == [0] * 3
+    assert metrics.psnr(truth, truth).tolist() == [metrics.PSNR_CAP] * 3
+    assert metrics.ssim(truth, truth).tolist() == pytest.approx([1] * 3)
+
+
+@pytest.mark.parametrize("metric", [metrics.align, metrics.mse, metrics.psnr, metrics.ssim, metrics.lpips])
+def test_images_that_cannot_be_compared(metric):
+    good, truth = pair()
+    with pytest.raises(ValueError, match=r"of one shape, got \[2, 3, 32, 32\] against \[3, 3, 32, 32\]"):
+        metric(good[:2], truth)
+    with pytest.raises(ValueError, match=r"images must be \[B, C, H, W\]"):
+        metric(good[0], truth[0])
+    with pytest.raises(ValueError, match=r"images must be \[B, C, H, W\]"):
+        metric(good[:0], truth[:0])
+    for value in (float("nan"), float("inf")):
+        broken = good.clone()
+        broken[1, 0, 0, 0] = value
+        with pytest.raises(
+            ValueError, match="1 of 3 images of the reconstruction have NaN or infinite pixels"
+        ):
+            metric(broken, truth)
+        with pytest.raises(ValueError, match="1 of 3 images of the truth have NaN or infinite pixels"):
+            metric(good, broken)
+
+
+def test_metrics_take_gradients_strides_and_half_precision():
+    reconstructed, truth = pair()
+    leaf = reconstructed.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2).requires_grad_()
+    assert torch.equal(metrics.ssim(leaf, truth), metrics.ssim(reconstructed, truth))
+    assert not metrics.mse(leaf, truth).requires_grad
+    half = reconstructed.half()
+    assert torch.equal(metrics.psnr(half, truth), metrics.psnr(half.double(), truth.double()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_metrics_take_tensors_of_any_device(random_root):
+    reconstructed, truth = pair()
+    here = metrics.evaluate(reconstruction(reconstructed), batch(truth), root=random_root)
+    there = metrics.evaluate(reconstruction(reconstructed.cuda()), batch(truth.cuda()), root=random_root)
+    for name in ("mse", "psnr", "ssim", "lpips", "permutation"):
+        assert torch.equal(getattr(here, name), getattr(there, name))
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("predicted", "truth", "share"),
+    [
+        ([1, 2, 3], [3, 1, 2], 1.0),
+        ([1, 1, 1], [1, 2, 3], 1 / 3),
+        ([1, 2, 3], [1, 1, 1], 1 / 3),
+        ([1, 1, 2, 2], [1, 2, 2, 2], 3 / 4),
+        ([0], [1], 0.0),
+    ],
+)
+def test_label_accuracy_compares_multisets(predicted, truth, share):
+    assert metrics.label_accuracy(torch.tensor(predicted), torch.tensor(truth)) == share
+
+
+@pytest.mark.parametrize("predicted", [torch.tensor([1, 2]), torch.zeros(3, 10), torch.zeros(3)])
+def test_label_accuracy_of_what_are_no_labels(predicted):
+    with pytest.raises(ValueError, match="labels must be two lists of B whole numbers"):
+        metrics.label_accuracy(predicted, torch.tensor([1, 2, 3]))
+
+
+# evaluate
+
+
+def test_evaluate_gives_every_metric_the_same_pairs(random_root):
+    noisy, truth = pair(b=4)
+    order = torch.tensor([2, 0, 3, 1])
+    labels = torch.tensor([5, 6, 7, 7])
+    scores = metrics.evaluate(
+        reconstruction(noisy[order], torch.tensor([7, 6, 1, 7])), batch(truth, labels), root=random_root
+    )
+    assert torch.equal(order[scores.permutation], torch.arange(4))
+    for name in ("mse", "psnr", "ssim"):
+        assert torch.equal(getattr(scores, name), getattr(metrics, name)(noisy, truth))
+    assert torch.equal(scores.lpips, metrics.lpips(noisy, truth, root=random_root))
+    assert scores.label_accuracy == 3 / 4
+    assert "4 images" in str(scores)
+
+
+def test_evaluate_clips_once_and_changes_nothing(random_root):
+    noisy, truth = pair()
+    wild = 3 * noisy - 1
+    before = wild.clone()
+    scores = metrics.evaluate(reconstruction(wild), batch(truth), root=random_root)
+    clipped = metrics.evaluate(reconstruction(wild.clamp(0, 1)), batch(truth), root=random_root)
+    assert torch.equal(wild, before)
+    for name in ("mse", "psnr", "ssim", "lpips", "permutation"):
+        assert torch.equal(getattr(scores, name), getattr(clipped, name))
+
+
+def test_evaluate_of_an_attack_that_diverged():
+    noisy, truth = pair()
+    noisy[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="if the attack diverged, lower its learning rate"):
+        metrics.evaluate(reconstruction(noisy), batch(truth))
+
+
+def test_evaluate_of_too_few_images():
+    noisy, truth = pair()
+    with pytest.raises(ValueError, match="the attack must return as many images"):
+        metrics.evaluate(replace(reconstruction(noisy), images=noisy[:1]), batch(truth))
+
+
+# LPIPS
+
+
+def package_lpips(monkeypatch, state):
+    """The lpips package's own network, which it builds from a torchvision AlexNet that has `state`."""
+    package = pytest.importorskip("lpips")
+    alexnet = torchvision.models.alexnet(weights=None)
+    alexnet.features.load_state_dict({key.removeprefix("features."): value for key, value in state.items()})
+    monkeypatch.setattr(package.pretrained_networks.tv, "alexnet", lambda pretrained: alexnet)
+    return package.LPIPS(net="alex", verbose=False)
+
+
+def package_values(network, reconstructed, truth):
+    with torch.no_grad():
+        return network(2 * reconstructed - 1, 2 * truth - 1).flatten().double()
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 32, 32), (3, 64, 48), (1, 32, 32), (3, 28, 28), (1, 8, 8), (1, 20, 30)]
+)
+def test_lpips_equals_the_package(random_root, features, monkeypatch, shape):
+    reconstructed, truth = pair(2, *shape)
+    value = metrics.lpips(reconstructed, truth, root=random_root)
+    size = {(28, 28): (32, 32), (8, 8): (32, 32), (20, 30): (32, 48)}.get(shape[1:], shape[1:])
+    prepared = [
+        interpolate(image.repeat(1, 3 // shape[0], 1, 1), size=size, mode="bilinear", align_corners=False)
+        for image in (reconstructed, truth)
+    ]
+    expected = package_values(package_lpips(monkeypatch, features), *prepared)
+    assert value.dtype == torch.float64
+    assert (expected > 0).all()
+    np.testing.assert_allclose(value.numpy(), expected.numpy(), rtol=1e-5)
+
+
+def blurred(images, sigma):
+    return torch.from_numpy(gaussian_filter(images.numpy(), sigma=(0, 0, sigma, sigma)))
+
+
+@pytest.mark.parametrize("weights", ["random_root", "real_root"])
+def test_lpips_is_zero_on_equal_images_and_grows_with_blur(weights, request):
+    root = request.getfixturevalue(weights)
+    images = data.load("photos", size=64).batch(range(7)).images
+    assert metrics.lpips(images, images, root=root).tolist() == [0] * 7
+    values = [metrics.lpips(blurred(images, sigma), images, root=root) for sigma in (0.5, 1, 2, 4)]
+    for less, more in itertools.pairwise(values):
+        assert (less < more).all()
+
+
+def test_lpips_with_the_real_weights_equals_the_package(real_root, monkeypatch):
+    reconstructed = data.load("photos").batch([0, 1]).images
+    truth = data.load("photos").batch([7, 8]).images
+    state = safetensors.torch.load_file(real_root / metrics.ALEXNET_FEATURES)
+    expected = package_values(package_lpips(monkeypatch, state), reconstructed, truth)
+    np.testing.assert_allclose(metrics.lpips(reconstructed, truth).numpy(), expected.numpy(), rtol=1e-5)
+
+
+def test_lpips_has_no_side_effects(random_root, capfd):
+    before, filters = torch.get_rng_state(), list(warnings.filters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics.lpips(*pair(), root=random_root)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert warnings.filters == filters
+    assert capfd.readouterr() == ("", "")
+
+
+def test_lpips_of_two_channels():
+    with pytest.raises(ValueError, match="LPIPS needs 1 or 3 channels, got 2"):
+        metrics.lpips(*pair(c=2))
+
+
+# LPIPS that can't be had is missing: never a number from a random network
+
+
+def missing(root, **kwargs):
+    """The one warning that a missing LPIPS gives."""
+    with pytest.warns(UserWarning, match="LPIPS is missing") as record:
+        for _ in range(3):
+            assert metrics.lpips(*pair(), root=root, **kwargs) is None
+    assert len(record) == 1
+    assert "`gi score` fills the values in later" in str(record[0].message)
+    return str(record[0].message)
+
+
+def test_lpips_without_weights_or_download(tmp_path):
+    assert f"there is no {tmp_path / metrics.ALEXNET_FEATURES}" in missing(tmp_path, download=False)
+    scores = metrics.evaluate(reconstruction(pair()[0]), batch(pair()[1]), root=tmp_path, download=False)
+    assert scores.lpips is None
+    assert "LPIPS missing" in str(scores)
+
+
+def test_lpips_with_a_data_root_that_is_not_there(tmp_path):
+    assert "nowhere, given as root, is not a folder" in missing(tmp_path / "nowhere")
+
+
+def test_lpips_without_the_package(random_root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert "the lpips package is not installed (pip install lpips)" in missing(random_root)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is damaged"),
+        (lambda path: path.write_bytes(b""), "is damaged"),
+        (lambda path: alter(path, lambda s: s.pop("features.3.bias")), "does not hold AlexNet's features"),
+        (
+            lambda path: alter(path, lambda s: s.update({"features.4.bias": s["features.3.bias"]})),
+            "does not hold",
+        ),
+        (lambda path: alter(path, lambda s: s.update({"features.3.bias": torch.zeros(1)})), "does not hold"),
+        (lambda path: alter(path, lambda s: s.update({"features.odd": torch.zeros(1)})), "does not hold"),
+    ],
+)
+def test_lpips_with_damaged_weights(tmp_path, features, damage, message):
+    pytest.importorskip("lpips")
+    damage(write_features(tmp_path, features) / metrics.ALEXNET_FEATURES)
+    assert message in missing(tmp_path)
+
+
+def alter(path, change):
+    state = safetensors.torch.load_file(path)
+    change(state)
+    safetensors.torch.save_file({key: tensor.clone() for key, tensor in state.items()}, path)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        urllib.error.URLError("Name or service not known"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError('invalid hash value (expected "7be5be79")'),
+    ],
+)
+def test_lpips_whose_download_fails_is_asked_for_once(tmp_path, monkeypatch, failure):
+    pytest.importorskip("lpips")
+    calls = []
+
+    def fetch(self, **kwargs):
+        calls.append(kwargs)
+        raise failure
+
+    monkeypatch.setattr(torchvision.models.AlexNet_Weights, "get_state_dict", fetch)
+    assert "could not be downloaded" in missing(tmp_path)
+    assert len(calls) == 1
+    assert calls[0]["weights_only"]
+
+
+def test_lpips_by_download_equals_lpips_from_the_data_root(tmp_path, random_root, features, monkeypatch):
+    whole = features | {"classifier.6.bias": torch.zeros(1000)}
+    monkeypatch.setattr(torchvision.models.AlexNet_Weights, "get_state_dict", lambda self, **kwargs: whole)
+    values = metrics.lpips(*pair(), root=tmp_path)
+    assert torch.equal(values, metrics.lpips(*pair(), root=random_root))
+    assert list(Path(tmp_path).iterdir()) == []
