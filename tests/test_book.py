@@ -97,6 +97,18 @@ def test_injected_parameters_stay_visible(path):
             assert not [tag for tag in cell["metadata"]["tags"] if tag.startswith(("hide", "remove"))]
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests/reference").glob("*.ipynb")), ids=lambda path: path.stem
+)
+def test_reference_notebooks_store_what_they_print(path):
+    """Strict nbval passes on a notebook without stored outputs."""
+    code = [cell for cell in notebook(path)["cells"] if cell["cell_type"] == "code"]
+    assert code
+    for cell in code:
+        names = [(output["output_type"], output.get("name")) for output in cell["outputs"]]
+        assert names == [("stream", "stdout")], cell["id"]
+
+
 def pages():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     return [toc["root"]] + [entry["file"] for part in toc["parts"] for entry in part["chapters"]]

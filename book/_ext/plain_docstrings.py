@@ -2,10 +2,12 @@
 
 The package's docstrings hold formulas such as `D = 1 - <g', g> / (|g'| |g|)` and `x*`, which
 reStructuredText takes for markup. Outside of backquotes they are escaped here, and an indented paragraph is
-shown as it was typed. This runs before napoleon, which then reads the sections (Args, Raises).
+shown as it was typed. Then napoleon reads the sections (Args, Raises).
 """
 
 import re
+
+from sphinx.ext.napoleon import Config, GoogleDocstring
 
 MARKUP = re.compile(r"(`[^`]*`)|([|*])|(\w_)(?=\W|$)")
 
@@ -33,10 +35,11 @@ def convert(lines: list[str]) -> list[str]:
 def process(app, what, name, obj, options, lines):
     if any(line.lstrip().startswith((".. ", ":class:", ":ref:")) for line in lines):
         return
-    # Without the empty first line napoleon takes "One step: moves ..." for a type and its description.
-    lines[:] = ([""] if what in {"attribute", "data"} else []) + convert(lines)
+    # For an attribute napoleon would take "One step: moves ..." for a type and its description.
+    kind = "function" if what in {"attribute", "data", "property"} else what
+    lines[:] = GoogleDocstring(convert(lines), Config(), app, kind, name, obj, options).lines()
 
 
 def setup(app):
-    app.connect("autodoc-process-docstring", process, priority=400)
+    app.connect("autodoc-process-docstring", process)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
