@@ -24,6 +24,8 @@ from gi_lib.types import Batch, nearest
 
 __all__ = ["DATASETS", "NAMES", "DataError", "Dataset", "Spec", "load", "root"]
 
+Indices = Sequence[int] | np.ndarray | torch.Tensor
+
 SPLITS = ("test", "train")
 SMALLEST, LARGEST, LARGEST_PHOTO = 4, 1024, 224  # sizes in pixels
 
@@ -61,7 +63,7 @@ class Dataset:
         _, height, width, channels = self.images.shape
         return channels, height, width
 
-    def batch(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Indices) -> Batch:
         """The images at `indices` as [B, C, H, W] float32 in [0, 1], with their labels [B] int64, on the CPU.
 
         Raises:
@@ -72,7 +74,7 @@ class Dataset:
         scaled = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 255
         return Batch(scaled, torch.from_numpy(labels))
 
-    def hash(self, indices: Sequence[int]) -> str:
+    def hash(self, indices: Indices) -> str:
         """12 hexadecimal digits of the SHA-256 of the images (shape and bytes) and labels at `indices`."""
         images, labels = self._take(indices)
         digest = hashlib.sha256(repr(images.shape).encode())
@@ -80,7 +82,7 @@ class Dataset:
         digest.update(labels.astype("<i8").tobytes())
         return digest.hexdigest()[:12]
 
-    def _take(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _take(self, indices: Indices) -> tuple[np.ndarray, np.ndarray]:
         chosen = np.asarray(indices)
         if chosen.size == 0:
             raise ValueError("no indices were given; a batch needs at least one")
