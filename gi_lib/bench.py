@@ -259,6 +259,7 @@ def attempt(case: Case, root: Path | None, device: str) -> Measured:
     scores = metrics.evaluate(rec, batch, root=root)
     record |= _scores(scores)
     record["loss"] = rec.loss if math.isfinite(rec.loss) else None
+    record["restart_losses"] = [value if math.isfinite(value) else None for value in rec.trace[-1].tolist()]
     record["steps"], record["gradient_evaluations"] = rec.steps, rec.gradient_evaluations
     return record, (batch.images, rec.images[scores.permutation])
 

@@ -59,6 +59,8 @@ class Record(TypedDict):
     label_accuracy: float | None
     loss: float | None
     """Matching loss at the returned images."""
+    restart_losses: list[float | None] | None
+    """Loss of every restart before its last step; null where it was not finite."""
     seconds: float | None
     """Wall time of the attack."""
     steps: int | None
