@@ -14,7 +14,15 @@ STEPS = 200
 THREATS = (ThreatModel(), ThreatModel(knows_labels=True))
 
 CASES = [
-    Case(DLG(steps=STEPS, restarts=8), "lenet", "cifar100", indices=(i,), seed=i, threat=threat, profile="survey")
+    Case(
+        DLG(steps=STEPS, restarts=8),
+        "lenet",
+        "cifar100",
+        indices=(i,),
+        seed=i,
+        threat=threat,
+        profile="survey",
+    )
     for threat in THREATS
     for i in IMAGES
 ]

@@ -264,8 +264,8 @@ def table(
 ) -> None:
     """Summarise records, one line a group.
 
-    Shows ok of n cases; means over images of PSNR, with its 95 % interval, SSIM and LPIPS; the share of labels
-    found; medians of seconds, steps, and the cost in training steps.
+    Shows ok of n cases; means over images of PSNR, with its 95 % interval, SSIM and LPIPS; the share of
+    labels found; medians of seconds, steps, and the cost in training steps.
 
     \b
     gi table results/dlg.jsonl
@@ -283,7 +283,8 @@ def score(
 ) -> None:
     """Fill in missing LPIPS from the saved pictures.
 
-    A run without LPIPS leaves it empty. This needs the package lpips, and AlexNet's weights in the data root or by download.
+    A run that can't have LPIPS leaves it empty. This needs the package lpips, and AlexNet's weights in the
+    data root or by download.
     """
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     left = 0

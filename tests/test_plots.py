@@ -1,0 +1,142 @@
+"""Figures, tables and the slider: what they contain, and what they must not."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gi_lib import metrics, plots, results
+from gi_lib.attacks import InvertingGradients
+from gi_lib.bench import Case, run
+
+OUTSIDE = re.compile(r"https?://|//cdn|@import|url\(")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Records of two models on digits; one case of three fails."""
+    out = tmp_path_factory.mktemp("results") / "tiny.jsonl"
+    attack = InvertingGradients(steps=2)
+    cases = [Case(attack, "lenet", "digits", (i,), profile="smoke") for i in (0, 1, 999)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "lpips", lambda *args, **kwargs: None)
+        run([*cases, Case(attack, "mlp", "digits", (0, 1), seed=4, profile="smoke")], out, device="cpu")
+    return out
+
+
+def images(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_slider_holds_every_frame_and_asks_nothing_of_others():
+    frames = images(5, 2, 3, 8, 8)
+    page = str(plots.slider(frames, [0, 1, 3, 7, 10], truth=frames[-1], losses=[5, 4, 3, 2, 1]))
+    assert not OUTSIDE.search(page)
+    sources = page[page.index("sources = [") :]
+    assert len(set(re.findall(r"data:image/png;base64,[\w+/=]+", sources))) == 5
+    assert 'max="4" value="4"' in page
+    assert "step 3 of 10, loss 3.00e+00" in page
+    assert 'aria-label="Step of the reconstruction"' in page
+    assert page.count("<img") == 2 == page.count('alt="')
+    assert "background" not in page
+
+
+def test_slider_is_the_same_when_built_twice_and_differs_with_its_frames():
+    first, second = (str(plots.slider(images(2, 1, 1, 8, 8), [0, 1])) for _ in range(2))
+    assert first == second
+    other = str(plots.slider(1 - images(2, 1, 1, 8, 8), [0, 1]))
+    identity = re.compile(r'id="(gi-\w+)"')
+    assert identity.search(first)[1] != identity.search(other)[1]
+
+
+def test_slider_escapes_its_text_and_survives_nan():
+    frames = images(2, 1, 1, 8, 8)
+    frames[0] = torch.nan
+    page = str(plots.slider(frames, [0, 1], alt='</script><b x="$now">'))
+    assert page.count("</script>") == 1
+    assert "<b" not in page
+
+
+@pytest.mark.parametrize(
+    ("frames", "steps", "more", "message"),
+    [
+        (None, [], {}, "no frames to show; ask the attack for some"),
+        (images(2, 1, 1, 8, 8), [0], {}, "2 frames need as many steps"),
+        (images(2, 1, 1, 8, 8), [0, 1], {"losses": [1.0]}, "got 2 steps and 1 losses"),
+        (images(2, 1, 1, 8, 8), [0, 1], {"truth": images(1, 1, 9, 9)}, "does not fit the frames"),
+    ],
+)
+def test_slider_says_what_does_not_fit(frames, steps, more, message):
+    with pytest.raises(ValueError, match=message):
+        plots.slider(frames, steps, **more)
+
+
+def test_compare_has_an_alt_text_for_each_image():
+    page = str(plots.compare(images(3, 3, 8, 8), images(3, 3, 8, 8), psnr=[20.0, 30.0, 40.0]))
+    assert page.count("<img") == 6
+    assert 'alt="Reconstruction 2, PSNR 30.0 dB"' in page
+    assert not OUTSIDE.search(page)
+
+
+def test_losses_are_a_figure_with_an_alt_text():
+    trace = torch.tensor([[4.0, 8.0], [2.0, 4.0], [1.0, torch.nan]])
+    figure = plots.losses(trace, chosen=0)
+    assert figure.alt == "Matching loss of 2 restarts over 3 steps, ending between 1.0e+00 and 1.0e+00."
+    page = figure._repr_html_()
+    assert page.startswith("<img") and figure.alt in page
+    assert page == figure._repr_html_()
+
+
+def test_quality_against_time(study):
+    figure = plots.quality_against_time(results.read(study), by=["attack", "model"])
+    assert figure.alt.count(" dB at ") == 2
+    assert "inverting_gradients, lenet" in figure.alt
+    assert figure._repr_html_().startswith("<img")
+
+
+def test_table_counts_failures_and_leaves_what_was_not_run_empty(study):
+    frame = results.read(study)
+    page = str(plots.table(frame, by=["model", "weights"]))
+    assert "<td>2 / 3</td>" in page and "<td>1 / 1</td>" in page
+    assert "<td>untrained</td>" in page
+    assert "not run" not in page
+    page = str(plots.table(frame, by=["model"], order={"model": ["lenet", "convnet"]}))
+    assert "<td>convnet</td>" + "<td></td>" * 8 in page
+    assert "mlp" not in page
+    assert "1 of 2 cells were not run and are empty." in page
+
+
+def test_picture_grid(study):
+    frame = results.read(study)
+    order = {"model": ["lenet", "mlp"], "dataset": ["digits", "photos"]}
+    page = str(plots.picture_grid(frame, study.parent, order=order))
+    assert page.count("<img") == 2
+    assert page.count("<td></td>") == 3  # the corner and two cells
+    assert "2 of 4 cells were not run and are empty." in page
+    assert "2 / 3 ok" in page
+    failed = frame[frame["status"] == "failed"]
+    assert "0 / 1 ok" in str(plots.picture_grid(failed, study.parent))
+
+
+def test_provenance_names_what_made_the_numbers(study):
+    line = str(plots.provenance(results.read(study), "tiny"))
+    assert line.startswith(
+        '<p class="provenance">Study <a href="../results/tiny.jsonl">tiny</a>: 3 of 4 cases ok'
+    )
+    for fact in ("commit", "seeds 0, 4", "profile smoke", f"torch {torch.__version__}", "thread", "float32"):
+        assert fact in line
+    assert "no records" in str(plots.provenance(results.read(study).iloc[:0], "tiny"))
+    live = str(plots.provenance_live(3, "quick", "cpu"))
+    for fact in ('class="provenance"', "seed 3", "profile quick", f"torch {torch.__version__}"):
+        assert fact in live
+
+
+def test_importing_the_package_imports_no_plotting_and_no_book_tools():
+    code = (
+        "import sys, gi_lib, gi_lib.attacks, gi_lib.bench, gi_lib.cli, gi_lib.plots;"
+        "print([m for m in ('lpips', 'matplotlib', 'IPython', 'papermill', 'sphinx') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
