@@ -11,20 +11,17 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import cells
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "book"))
-import cells  # noqa: E402  the book's own helpers are no package
-
 CHAPTERS = cells.chapters()
 each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
@@ -260,7 +257,7 @@ def test_mathjax_is_vendored(site, html):
 
 
 def test_links_inside_the_site_lead_somewhere(site, html):
-    """Also the provenance links to ../results/. Source pages are left out: viewcode links to what it skips."""
+    """Also the provenance links to ../results/. Not from source pages: viewcode links to what it skips."""
     by_path = {page.path.resolve(): page for page in html}
     broken = []
     for page in (page for page in html if "_modules" not in page.path.parts):
