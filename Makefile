@@ -5,6 +5,7 @@
 #   make test                        lint, unit tests, notebooks, a warning-free site
 #   make lint                        ruff and mypy
 #   make repository URL=https://github.com/OWNER/NAME    change the address everywhere
+#   make cells                       write the cells that all chapters share
 #   make clean                       remove what was built; the .venv stays
 #
 # PROFILE=smoke|quick|survey, DEVICE=cuda, DATA_ROOT=path, SEED=1 go to every chapter; JOBS chapters run at a time.
@@ -57,16 +58,16 @@ clean:
 	rm -rf _build build .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-repository: $(STAMP)
+repository:
 	@test -n "$(URL)" || { echo "make repository needs the address: make repository URL=https://github.com/OWNER/NAME" >&2; exit 2; }
-	$(BIN)/python book/cells.py --repository "$(URL)"
+	$(PYTHON) book/cells.py --repository "$(URL)"
 
-cells: $(STAMP)
-	$(BIN)/python book/cells.py
+cells:
+	$(PYTHON) book/cells.py
 
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, got " + sys.version.split()[0] + "; set PYTHON=python3.12, for example")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_ARGS) -r requirements.txt
-	$(BIN)/python -m pip install $(PIP_ARGS) -e .
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -e .
 	touch $@
