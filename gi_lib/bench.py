@@ -11,9 +11,11 @@ import hashlib
 import io
 import math
 import multiprocessing
+import pickle
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
@@ -174,7 +176,7 @@ def run(
     Raises:
         OSError: the disk is full, or `out` can't be written. What is done stays.
         RuntimeError: a worker process died.
-        ValueError: the device is not there, or a line of `out` is damaged.
+        ValueError: the device is not there, a line of `out` is damaged, or a case can't go to a process.
         FileNotFoundError: the data root is not there.
     """
     out = Path(out)
@@ -221,6 +223,11 @@ def _measure_all(
         raise RuntimeError(
             "a worker process died, most often because memory ran out; what is done is kept. Run the study"
             " again with fewer workers to go on"
+        ) from error
+    except pickle.PicklingError as error:
+        raise ValueError(
+            f"a case can't be sent to a worker process ({error}); define its attack in a module that can be"
+            " imported, or use one worker"
         ) from error
     finally:
         for future in futures:
@@ -334,6 +341,7 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             yield executor
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
+            time.sleep(0.2)  # its thread drops the cancelled cases; on those a worker's end would be an error
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()
             raise
@@ -342,6 +350,7 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore, which a worker that is ended would leak
     sys.stderr = _NoTerminal(io.FileIO(2, "w", closefd=False), write_through=True)
 
 

@@ -19,9 +19,6 @@ from torch import Tensor
 from gi_lib import provenance as made
 from gi_lib.types import Images
 
-SHOWN = 160
-"""About how many CSS pixels wide an image is shown."""
-
 
 @dataclass(frozen=True, repr=False)
 class Html:
@@ -48,14 +45,15 @@ def png(images: Images) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def picture(images: Images, alt: str) -> str:
+def picture(images: Images, alt: str, *, shown: int = 160) -> str:
     """An <img> of images side by side, enlarged without smoothing, and never wider than the page.
 
+    Each image is about `shown` CSS pixels wide, a multiple of its own width.
     The class keeps the book's theme from dimming it in dark mode: its colours are what is shown.
     """
     count, _, _, width = images.shape
-    shown = count * width * max(1, round(SHOWN / width))
-    style = f"width:min(100%,{shown}px);image-rendering:pixelated;display:block"
+    total = count * width * max(1, round(shown / width))
+    style = f"width:{total}px;max-width:100%;height:auto;image-rendering:pixelated;display:block"
     return f'<img class="dark-light" alt="{escape(alt)}" src="{png(images)}" style="{style}">'
 
 
@@ -111,7 +109,7 @@ def slider(
 
 
 def _figure(image: str, caption: str) -> str:
-    return f'<figure style="margin:0">{image}<figcaption>{caption}</figcaption></figure>'
+    return f'<figure style="margin:0;min-width:0">{image}<figcaption>{caption}</figcaption></figure>'
 
 
 def provenance(frame: pd.DataFrame, study: str) -> Html:

@@ -58,7 +58,7 @@ class Figure:
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
         source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        style = f"width:min(100%,{round(96 * self.figure.get_figwidth())}px)"
+        style = f"width:{round(96 * self.figure.get_figwidth())}px;max-width:100%;height:auto"
         return f'<img class="dark-light" alt="{escape(self.alt)}" src="{source}" style="{style}">'
 
     def __repr__(self) -> str:
@@ -90,7 +90,7 @@ def compare(truth: Images, reconstruction: Images, psnr: Sequence[float] | Tenso
         top = picture(truth[i : i + 1], f"Private image{number}")
         bottom = picture(reconstruction[i : i + 1], f"Reconstruction{number}{said and ', PSNR ' + said}")
         columns.append(
-            f'<figure style="margin:0">{top}<div style="height:.3rem"></div>{bottom}'
+            f'<figure style="margin:0;min-width:0">{top}<div style="height:.3rem"></div>{bottom}'
             f"<figcaption>{said or '&nbsp;'}</figcaption></figure>"
         )
     return Html(
@@ -102,7 +102,7 @@ def compare(truth: Images, reconstruction: Images, psnr: Sequence[float] | Tenso
 
 def losses(trace: Float[Tensor, "steps R"], *, chosen: int | None = None) -> Figure:
     """The loss of every restart before each step, on a logarithmic axis; `chosen` is drawn bold."""
-    figure, axes = _axes(6.5, 3.2)
+    figure, axes = _axes(5.2, 2.9)
     values = trace.detach().cpu().double().numpy()
     for i, row in enumerate(values.T):
         bold = i == chosen or values.shape[1] == 1
@@ -133,7 +133,7 @@ def quality_against_time(
         by: columns that make a group.
         clock: "training_steps" (comparable between machines), "seconds" or "steps".
     """
-    figure, axes = _axes(6.5, 3.8)
+    figure, axes = _axes(5.2, 3.3)
     summary = results.summarise(frame, by).dropna(subset=["psnr", clock])
     styles = itertools.cycle(zip(OKABE_ITO, MARKERS, strict=True))
     said = []
@@ -185,7 +185,7 @@ def table(
         lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     head = "".join(f'<th scope="col">{escape(h)}</th>' for h in [*map(_title, by), *_COLUMNS])
     return Html(
-        '<div style="overflow-x:auto"><table class="dataframe"><thead><tr>'
+        '<div style="overflow-x:auto"><table class="dataframe" style="white-space:nowrap"><thead><tr>'
         f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
         f'<p class="caption">Means over images, PSNR with its 95 % bootstrap interval; medians over cases for'
         f" time. Cost is in training steps. {_not_run(missing, len(groups))}</p>"
@@ -241,8 +241,8 @@ def picture_grid(
         lines.append(f'<tr><th scope="row">{escape(_say(rows, down))}</th>{"".join(cells)}</tr>')
     head = "".join(f'<th scope="col">{escape(_say(columns, across))}</th>' for across in shown[columns])
     return Html(
-        f'<div style="overflow-x:auto"><table class="dataframe"><thead><tr><td></td>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        '<div style="overflow-x:auto"><table class="dataframe" style="white-space:nowrap"><thead><tr>'
+        f"<td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
         '<p class="caption">Each cell: the image of median PSNR, private on the left, reconstructed on the'
         " right; below it the mean PSNR and the cases that succeeded."
         f" {_not_run(missing, len(shown[rows]) * len(shown[columns]))}</p>"
@@ -262,11 +262,11 @@ def _cell(cases: pd.DataFrame, folder: Path) -> str:
     where = f"{case['attack']} on {case['model']}, {case['dataset']}"
     alt = f"Private image and reconstruction, {where}, {psnr:.1f} dB"
     mean = np.mean([value for value, _, _ in ranked])
-    return f"{picture(torch.stack([truth[i], reconstruction[i]]), alt)}{mean:.1f} dB, {count}"
+    return f"{picture(torch.stack([truth[i], reconstruction[i]]), alt, shown=64)}{mean:.1f} dB, {count}"
 
 
 def _not_run(missing: int, cells: int) -> str:
-    return f"{missing} of {cells} cells were not run and are empty." if missing else ""
+    return f"Not run, and empty: {missing} of {cells}." if missing else ""
 
 
 def _plain(value: object) -> object:

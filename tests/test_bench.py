@@ -3,8 +3,11 @@
 import dataclasses
 import errno
 import os
+import pickle
 import subprocess
 import sys
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -146,6 +149,27 @@ def test_processes_give_the_same_records(tmp_path):
             results.picture_path(tmp_path / name, row["key"]) for name in ("serial.jsonl", "pool.jsonl")
         ]
         assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (BrokenProcessPool("died"), RuntimeError, "a worker process died.*fewer workers"),
+        (pickle.PicklingError("no such module"), ValueError, "can't be sent to a worker.*or use one worker"),
+    ],
+)
+def test_a_broken_executor_says_what_to_do(tmp_path, error, kind, message):
+    class Broken:
+        def submit(self, function, case, *rest):
+            future = Future()
+            if case == CASES[0]:
+                future.set_result(function(case, *rest))
+            else:
+                future.set_exception(error)
+            return future
+
+    with pytest.raises(kind, match=message):
+        run(CASES, tmp_path / "s.jsonl", executor=Broken())
 
 
 def test_model_attack_and_client_draw_from_different_streams():

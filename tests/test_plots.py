@@ -101,11 +101,11 @@ def test_table_counts_failures_and_leaves_what_was_not_run_empty(study):
     page = str(plots.table(frame, by=["model", "weights"]))
     assert "<td>2 / 3</td>" in page and "<td>1 / 1</td>" in page
     assert "<td>untrained</td>" in page
-    assert "not run" not in page
+    assert "Not run" not in page
     page = str(plots.table(frame, by=["model"], order={"model": ["lenet", "convnet"]}))
     assert "<td>convnet</td>" + "<td></td>" * 8 in page
     assert "mlp" not in page
-    assert "1 of 2 cells were not run and are empty." in page
+    assert "Not run, and empty: 1 of 2." in page
 
 
 def test_picture_grid(study):
@@ -114,7 +114,7 @@ def test_picture_grid(study):
     page = str(plots.picture_grid(frame, study.parent, order=order))
     assert page.count("<img") == 2
     assert page.count("<td></td>") == 3  # the corner and two cells
-    assert "2 of 4 cells were not run and are empty." in page
+    assert "Not run, and empty: 2 of 4." in page
     assert "2 / 3 ok" in page
     failed = frame[frame["status"] == "failed"]
     assert "0 / 1 ok" in str(plots.picture_grid(failed, study.parent))
