@@ -7,147 +7,41 @@ from `seed`, the attack from `seed` + ATTACK_STREAM, the client's defense from `
 import contextlib
 import dataclasses
 import errno
-import hashlib
-import io
 import math
-import multiprocessing
 import pickle
-import signal
-import statistics
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from gi_lib import data, metrics, models, provenance, results
 from gi_lib.attacks import ATTACKS
-from gi_lib.defenses import Defense
-from gi_lib.federated import ThreatModel, fedsgd, observe
+from gi_lib.bench.cases import PROFILES, Case, Profile, key, text
+from gi_lib.bench.cost import peak_mb, reset_peak, training_step_seconds, wait
+from gi_lib.bench.workers import pool
+from gi_lib.federated import observe
 from gi_lib.results import Record
-from gi_lib.types import Batch, Images, LocalUpdate, Observation, Reconstruction, Scores, nearest
+from gi_lib.types import Images, Scores
+
+__all__ = [
+    "PROFILES",
+    "Case",
+    "Profile",
+    "attempt",
+    "key",
+    "measure",
+    "network",
+    "pool",
+    "run",
+    "score",
+    "text",
+]
 
 ATTACK_STREAM, CLIENT_STREAM = 1_000_000, 2_000_000
-
-Attack = Callable[[Observation, torch.Generator], Reconstruction]
-
-
-@dataclass(frozen=True)
-class Profile:
-    """How much a run may cost.
-
-    Args:
-        name: its key in PROFILES.
-        images: images attacked for each cell of a table.
-        restarts: starts of an attack, of which the one with the smallest loss counts.
-        seeds: repetitions where the model is random.
-        budget: fraction of the paper's steps.
-    """
-
-    name: str
-    images: int
-    restarts: int
-    seeds: int
-    budget: float
-
-    def steps(self, paper: int) -> int:
-        """The share of the paper's steps that this profile affords, at least one."""
-        return max(1, round(self.budget * paper))
-
-
-PROFILES = {
-    "smoke": Profile("smoke", images=1, restarts=1, seeds=1, budget=0.01),
-    "quick": Profile("quick", images=4, restarts=4, seeds=1, budget=0.1),
-    "survey": Profile("survey", images=8, restarts=8, seeds=3, budget=1.0),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One attack on one batch.
-
-    Args:
-        attack: a frozen dataclass such as DLG(restarts=8).
-        model: a key of models.MODELS.
-        dataset: a key of data.DATASETS.
-        indices: the images of the batch, by their index in the split.
-        seed: of the model, the attack and the defense.
-        weights: a key of models.WEIGHTS, or None for the untrained model.
-        size: side of the images in pixels; None for the dataset's own.
-        split: of the dataset.
-        threat, update, defense: as in `observe`.
-        profile: a key of PROFILES; it is written down, and changes nothing else of the case.
-
-    Raises:
-        ValueError: a name is unknown, the indices are empty, or the weights are another model's.
-    """
-
-    attack: Attack
-    model: str
-    dataset: str
-    indices: tuple[int, ...]
-    seed: int = 0
-    weights: str | None = None
-    size: int | None = None
-    split: str = "test"
-    threat: ThreatModel = ThreatModel()
-    update: LocalUpdate = fedsgd
-    defense: Defense | None = None
-    profile: str = "quick"
-
-    def __post_init__(self):
-        names = ((self.model, models.MODELS, "model"), (self.dataset, data.DATASETS, "dataset"))
-        for name, known, kind in (*names, (self.profile, PROFILES, "profile")):
-            if name not in known:
-                raise ValueError(nearest(name, known, kind))
-        if self.weights is not None and self.weights not in models.WEIGHTS:
-            raise ValueError(nearest(self.weights, models.WEIGHTS, "set of weights"))
-        owner = self.model if self.weights is None else models.WEIGHTS[self.weights].model
-        if owner != self.model:
-            raise ValueError(f"the weights {self.weights!r} belong to {owner!r}, not to {self.model!r}")
-        if not self.indices:
-            raise ValueError("a case needs at least one index; an attack on an empty batch has no meaning")
-
-
-def text(value: object, *, brief: bool = False) -> str:
-    """A text that is the same in every process and on every machine, and differs where the value differs.
-
-    Dataclasses are written with all their fields, functions by module and name. `brief` leaves out fields at
-    their default and the module, for tables.
-
-    Raises:
-        ValueError: a part has no such text, as a lambda has none.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [
-            f"{f.name}={text(getattr(value, f.name), brief=brief)}"
-            for f in dataclasses.fields(value)
-            if not (brief and getattr(value, f.name) == f.default)
-        ]
-        return f"{type(value).__qualname__}({', '.join(fields)})"
-    if isinstance(value, tuple | list):
-        return "[" + ", ".join(text(v, brief=brief) for v in value) + "]"
-    if value is None or isinstance(value, bool | int | float | str):
-        return repr(value)
-    name = getattr(value, "__qualname__", "<")
-    if "<" in name:
-        raise ValueError(
-            f"{value!r} has no stable text, so that its case has no key; use a named function at the top of a"
-            " module, or a dataclass"
-        )
-    return name if brief else f"{value.__module__}.{name}"
-
-
-def key(case: Case) -> str:
-    """The first 12 hexadecimal digits of the SHA-256 of the case's text."""
-    return hashlib.sha256(text(case).encode()).hexdigest()[:12]
 
 
 def run(
@@ -254,12 +148,12 @@ def attempt(case: Case, root: Path | None, device: str) -> Measured:
     client = torch.Generator().manual_seed(case.seed + CLIENT_STREAM)
     attacker = torch.Generator().manual_seed(case.seed + ATTACK_STREAM)
     obs = observe(model, batch, update=case.update, threat=case.threat, defense=case.defense, rng=client)
-    _reset_peak(device)
+    reset_peak(device)
     start = time.perf_counter()
     rec = case.attack(obs, attacker)
-    _wait(device)
+    wait(device)
     record["seconds"] = time.perf_counter() - start
-    record["peak_memory_mb"] = _peak_mb(device)
+    record["peak_memory_mb"] = peak_mb(device)
     record["training_step_seconds"] = training_step_seconds(model, batch, device)
     record["training_steps"] = record["seconds"] / record["training_step_seconds"]
     rec = dataclasses.replace(rec, images=rec.images.cpu(), labels=rec.labels.cpu())
@@ -298,20 +192,6 @@ def network(case: Case, dataset: data.Dataset, root: Path | None) -> models.Clas
     return models.build(case.model, **shape)
 
 
-def training_step_seconds(model: nn.Module, batch: Batch, device: str, repeats: int = 10) -> float:
-    """Median wall time of a forward and a backward pass of `model` on `batch`, after one to warm up."""
-    images, labels = batch.images.to(device), batch.labels.to(device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    seconds = []
-    for _ in range(1 + repeats):
-        _wait(device)
-        start = time.perf_counter()
-        torch.autograd.grad(nn.functional.cross_entropy(model(images), labels), parameters)
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
-
-
 def score(out: Path, root: Path | None = None) -> tuple[int, int]:
     """Fill in LPIPS where it is missing, from the saved 8-bit pictures, as new rows of the same keys.
 
@@ -326,39 +206,6 @@ def score(out: Path, root: Path | None = None) -> tuple[int, int]:
             return done, len(missing) - done
         results.append(out, {**row, "lpips": values.tolist()})
     return len(missing), 0
-
-
-@contextlib.contextmanager
-def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes for `run`, each with one thread; Ctrl-C ends them at once.
-
-    They are started afresh (spawn), so that a script which calls this needs `if __name__ == "__main__":`.
-    """
-    others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as executor:
-        try:
-            yield executor
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            time.sleep(0.2)  # its thread drops the cancelled cases; on those a worker's end would be an error
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.terminate()
-            raise
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore, which a worker that is ended would leak
-    sys.stderr = _NoTerminal(io.FileIO(2, "w", closefd=False), write_through=True)
-
-
-class _NoTerminal(io.TextIOWrapper):
-    """Standard error of a worker: its warnings are seen, its progress bars are not."""
-
-    def isatty(self) -> bool:
-        return False
 
 
 def _begin(case: Case, device: str) -> Record:
@@ -383,24 +230,3 @@ def _begin(case: Case, device: str) -> Record:
     same = ("model", "weights", "dataset", "split", "size", "seed", "profile")
     values |= {name: getattr(case, name) for name in same}
     return {name: values.get(name) for name in Record.__annotations__}
-
-
-def _wait(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _reset_peak(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_mb(device: str) -> float | None:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,48 @@
+"""What an attack costs: time in units of a training step, and memory."""
+
+import statistics
+import sys
+import time
+
+import torch
+from torch import nn
+
+from gi_lib.types import Batch
+
+
+def training_step_seconds(model: nn.Module, batch: Batch, device: str, repeats: int = 10) -> float:
+    """Median wall time of a forward and a backward pass of `model` on `batch`, after one to warm up."""
+    images, labels = batch.images.to(device), batch.labels.to(device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    seconds = []
+    for _ in range(1 + repeats):
+        wait(device)
+        start = time.perf_counter()
+        torch.autograd.grad(nn.functional.cross_entropy(model(images), labels), parameters)
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def wait(device: str) -> None:
+    """Until a GPU has done what it was given; a processor has."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak(device: str) -> None:
+    """Forget the peak so far, where that can be done: on a GPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_mb(device: str) -> float | None:
+    """Peak memory in MiB: on a GPU since `reset_peak`, else of the process so far; None where unknown."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
