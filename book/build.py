@@ -275,9 +275,7 @@ def main() -> int:
     parameters |= {"data_root": a.data_root or None, "seed": a.seed}
     try:
         if find_spec("gi_lib") is None:
-            raise ChapterError(
-                f"gi_lib is not installed in {sys.executable}; `make book` installs and builds"
-            )
+            raise ChapterError(f"gi_lib is not installed in {sys.executable}; `make book` installs and builds")
         if a.what == "copies":
             copies(a.root, parameters)
         else:

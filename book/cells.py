@@ -120,9 +120,7 @@ def write_cells(path: Path, address: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--repository", metavar="URL", help="change the address everywhere, then write the cells"
-    )
+    parser.add_argument("--repository", metavar="URL", help="change the address everywhere, then write the cells")
     arguments = parser.parse_args()
     changed = rename(arguments.repository) if arguments.repository else []
     changed += [path for path in chapters() if write_cells(path, address())]

@@ -94,9 +94,7 @@ def test_injected_parameters_stay_visible(path):
             assert not [tag for tag in cell["metadata"]["tags"] if tag.startswith(("hide", "remove"))]
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "tests/reference").glob("*.ipynb")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/reference").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_reference_notebooks_store_what_they_print(path):
     """Strict nbval passes on a notebook without stored outputs."""
     code = [cell for cell in notebook(path)["cells"] if cell["cell_type"] == "code"]
@@ -120,9 +118,7 @@ def test_every_page_is_in_the_table_of_contents():
 
 def test_chapters_stand_in_the_order_of_their_numbers():
     titles = [
-        source(notebook(ROOT / f"{page}.ipynb")["cells"][0])
-        for page in pages()
-        if (ROOT / f"{page}.ipynb").exists()
+        source(notebook(ROOT / f"{page}.ipynb")["cells"][0]) for page in pages() if (ROOT / f"{page}.ipynb").exists()
     ]
     numbers = [int(re.match(r"# (\d+)\.", title)[1]) for title in titles]
     assert numbers == sorted(set(numbers))
@@ -166,9 +162,7 @@ def test_one_target_changes_the_address_everywhere(tmp_path):
         assert not cells.write_cells(path, cells.address(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "wrong", ["", "github.com/a/b", "https://example.org/a/b", "https://github.com/a", "a b"]
-)
+@pytest.mark.parametrize("wrong", ["", "github.com/a/b", "https://example.org/a/b", "https://github.com/a", "a b"])
 def test_wrong_address_is_refused(tmp_path, wrong):
     (tmp_path / "book").mkdir()
     (tmp_path / "_config.yml").write_text("repository:\n  url: https://github.com/a/b\n")
@@ -229,9 +223,7 @@ def html(site):
 
 def test_pages_load_nothing_from_other_hosts(html):
     assert html
-    found = [
-        (p.path.name, tag, url) for p in html for tag, a in p.tags for url in loads(tag, a) if outside(url)
-    ]
+    found = [(p.path.name, tag, url) for p in html for tag, a in p.tags for url in loads(tag, a) if outside(url)]
     assert found == []
 
 
@@ -247,13 +239,9 @@ def test_inline_scripts_name_no_script_of_another_host(html):
 
 
 def test_mathjax_is_vendored(site, html):
-    scripts = [
-        a["src"] for p in html for tag, a in p.tags if tag == "script" and "mathjax" in a.get("src", "")
-    ]
+    scripts = [a["src"] for p in html for tag, a in p.tags if tag == "script" and "mathjax" in a.get("src", "")]
     assert scripts
-    assert (site / "_static/mathjax/tex-chtml-full.js").exists() and (
-        site / "_static/mathjax/LICENSE"
-    ).exists()
+    assert (site / "_static/mathjax/tex-chtml-full.js").exists() and (site / "_static/mathjax/LICENSE").exists()
 
 
 def test_links_inside_the_site_lead_somewhere(site, html):
@@ -266,9 +254,7 @@ def test_links_inside_the_site_lead_somewhere(site, html):
                 parts = urlsplit(url or "")
                 if not url or parts.scheme or parts.netloc or url == "#":
                     continue
-                target = (
-                    (page.path.parent / unquote(parts.path)).resolve() if parts.path else page.path.resolve()
-                )
+                target = (page.path.parent / unquote(parts.path)).resolve() if parts.path else page.path.resolve()
                 anchor = unquote(parts.fragment)
                 known = by_path[target].ids if target in by_path else {anchor}
                 if not target.exists() or (anchor and anchor not in known):
@@ -329,7 +315,5 @@ def test_browser_asks_no_other_host(origin, tmp_path, path):
     # One event a line; the browser's own requests have no origin as their initiator.
     events = [json.loads(line.rstrip(",")) for line in log.read_text().splitlines() if '"initiator"' in line]
     own = {event["params"]["url"] for event in events if event["params"]["initiator"] == origin}
-    assert any("mathjax" in url for url in own), (
-        "the network log has no request of the page: its format changed"
-    )
+    assert any("mathjax" in url for url in own), "the network log has no request of the page: its format changed"
     assert {url for url in own if not url.startswith(origin)} == set()
