@@ -95,9 +95,7 @@ app = typer.Typer(
 )
 
 Root = Annotated[Path | None, typer.Option(help="The data root.", show_default="$GI_DATA, or the cache")]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="a GPU where there is one")
-]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="a GPU where there is one")]
 
 
 def _version(wanted: bool) -> None:
@@ -121,9 +119,7 @@ def attack(
     model: Annotated[str, typer.Option(help="A model of `gi list models`.")] = "lenet",
     dataset: Annotated[str, typer.Option(help="A dataset of `gi list datasets`.")] = "digits",
     indices: Annotated[str, typer.Option(help="The images of the batch, such as 0,1 or 0-3.")] = "0",
-    labels: Annotated[
-        bool, typer.Option("--labels/--no-labels", help="Tell the attacker the labels.")
-    ] = False,
+    labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Tell the attacker the labels.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, show_default="the paper's")] = None,
     restarts: Annotated[int | None, typer.Option(min=1, help="Starts, run as one batch.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights and the attack.")] = 0,
@@ -135,9 +131,7 @@ def attack(
         int | None, typer.Option(min=1, help="FedAvg with this many local steps, known to the attacker.")
     ] = None,
     local_lr: Annotated[float, typer.Option(help="The learning rate of those steps.")] = 0.01,
-    out: Annotated[Path, typer.Option(help="The picture: truth above, reconstruction below.")] = Path(
-        "attack.png"
-    ),
+    out: Annotated[Path, typer.Option(help="The picture: truth above, reconstruction below.")] = Path("attack.png"),
     root: Root = None,
     device: Device = None,
 ) -> None:
@@ -198,9 +192,7 @@ def _mean(values: Sequence[float]) -> float:
 def run(
     study: Annotated[Path, typer.Argument(help="A Python file with a list CASES.")],
     out: Annotated[Path, typer.Option(help="Folder for NAME.jsonl and the pictures.")] = Path("results"),
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes; each has one thread if there are more.")
-    ] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; each has one thread if there are more.")] = 1,
     root: Root = None,
     device: Device = None,
 ) -> None:
@@ -222,16 +214,12 @@ def run(
                 records = bench.run(cases, path, executor=executor, root=root, device=device)
     except KeyboardInterrupt:
         kept = sum(row["status"] == "ok" for row in results.rows(path)) if path.exists() else 0
-        _complain(
-            f"interrupted; {kept} finished cases are kept in {path}, the same command goes on from there"
-        )
+        _complain(f"interrupted; {kept} finished cases are kept in {path}, the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
     failed = [row for row in records if row["status"] == "failed"]
     print(f"{len(records) - len(failed)} of {len(records)} cases ok; records: {path}")
     for row in failed:
-        _complain(
-            f"failed: {row['attack']} on {row['model']}, {row['dataset']} {row['indices']}: {row['error']}"
-        )
+        _complain(f"failed: {row['attack']} on {row['model']}, {row['dataset']} {row['indices']}: {row['error']}")
     if failed:
         raise typer.Exit(FAILED)
 

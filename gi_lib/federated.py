@@ -48,7 +48,8 @@ class FedAvg:
     local_batch_size: int | None = None
 
     def __post_init__(self):
-        if self.local_steps < 1 or self.lr <= 0 or (self.local_batch_size or 1) < 1:
+        size = self.local_batch_size
+        if self.local_steps < 1 or self.lr <= 0 or (size is not None and size < 1):
             raise ValueError(f"{self} needs local_steps >= 1, lr > 0 and local_batch_size >= 1")
 
     @torch.enable_grad()
@@ -169,7 +170,7 @@ def observe(
         gradient=defense.on_update(gradient, rng),
         model=model,
         update=update if threat.knows_training_details or update is fedsgd else None,
-        image_shape=tuple(batch.images.shape[1:]),
+        image_shape=(batch.images.shape[1], batch.images.shape[2], batch.images.shape[3]),
         batch_size=len(batch) if threat.knows_batch_size else None,
         num_classes=num_classes,
         labels=labels if threat.knows_labels else None,
@@ -186,6 +187,8 @@ class _BatchNorm(nn.Module):
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
         super().__init__()
+        self.running_mean: Tensor
+        self.running_var: Tensor
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
         self.own_statistics = norm.training or norm.running_mean is None
         self.register_buffer("running_mean", norm.running_mean)
@@ -193,10 +196,7 @@ class _BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (1, -1) + (1,) * (x.ndim - 2)
-        if self.own_statistics:
-            mean, var = batch_statistics(x)
-        else:
-            mean, var = self.running_mean, self.running_var
+        mean, var = batch_statistics(x) if self.own_statistics else (self.running_mean, self.running_var)
         scale = (var + self.eps).rsqrt()
         if self.weight is None:
             return (x - mean.view(shape)) * scale.view(shape)
@@ -218,7 +218,7 @@ def attackers_copy(model: nn.Module) -> nn.Module:
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
                 setattr(parent, name, _BatchNorm(child))
             elif getattr(child, "inplace", False):
-                child.inplace = False
+                child.inplace = False  # type: ignore[assignment]
     return model
 
 

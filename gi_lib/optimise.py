@@ -60,7 +60,12 @@ def minimise(
         steps: upper bound; the loop ends early when no row can move on.
         project: (*variables), called after each step to make them feasible in place.
         frames: snapshots to keep, closer together at the beginning; 0 keeps none.
+
+    Raises:
+        ValueError: there is no restart or no step to run.
     """
+    if len(start[0]) < 1 or steps < 1:
+        raise ValueError(f"nothing to minimise: restarts={len(start[0])}, steps={steps}; both must be at least 1")
     variables = [v.detach().clone(memory_format=torch.contiguous_format) for v in start]
     evaluations = 0
 
@@ -154,28 +159,22 @@ class _LBFGS:
         self.settled = x.new_zeros(rows, dtype=torch.bool)
 
     def step(self, evaluate: Evaluate) -> tuple[Rows, bool]:
-        rows = _index(~self.settled)
-        losses, gradients = evaluate(rows)
-        loss, g = self.loss.clone(), self.g.clone()
-        loss[rows], g[rows] = losses, _join(gradients)
-        before = loss.clone()
+        loss, g = self._evaluate(evaluate, ~self.settled, self.loss, self.g)
+        before = loss
         finite = loss.isfinite() & g.isfinite().all(1)
         self.settled |= ~finite | (g.abs().amax(1) <= self.TOLERANCE_GRAD)
         active = ~self.settled
         for n in range(1, self.max_iter + 1):
             if not active.any():
                 break
-            rows = _index(active)
-            self._direct(rows, g[rows], loss[rows])
+            self._direct(active, g, loss)
             downhill = (self.g * self.d).sum(1) <= -self.TOLERANCE_CHANGE
             self.settled |= active & ~downhill
             active &= downhill
             self._move(active, +1)
             if n == self.max_iter or not active.any():
                 break
-            rows = _index(active)
-            losses, gradients = evaluate(rows)
-            loss[rows], g[rows] = losses, _join(gradients)
+            loss, g = self._evaluate(evaluate, active, loss, g)
             finite = loss.isfinite() & g.isfinite().all(1)
             self._move(active & ~finite, -1)
             self.settled |= active & ~finite
@@ -185,47 +184,58 @@ class _LBFGS:
             active &= (loss - self.loss).abs() >= self.TOLERANCE_CHANGE
         return before, bool(self.settled.all())
 
-    def _direct(self, rows: Tensor | slice, g: Tensor, loss: Tensor) -> None:
-        """Take the pair (s, y) of the last move into the memory, and set the direction d = -H g and length t."""
-        first = (self.iterations[rows] == 0).unsqueeze(1)
-        s, y = self.d[rows] * self.t[rows], g - self.g[rows]
+    @staticmethod
+    def _evaluate(evaluate: Evaluate, active: Tensor, loss: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses and gradients of the active rows, and for the others what they had; no more rows are computed."""
+        if active.all():
+            losses, gradients = evaluate(slice(None))
+            return losses, _join(gradients)
+        rows, loss, g = active.nonzero().squeeze(1), loss.clone(), g.clone()
+        losses, gradients = evaluate(rows)
+        loss[rows], g[rows] = losses, _join(gradients)
+        return loss, g
+
+    def _direct(self, active: Tensor, g: Tensor, loss: Tensor) -> None:
+        """Take the pair (s, y) of the last move into the memory, and set the direction d = -H g and length t.
+
+        The memory is far larger than everything else, so that it is read for all rows and written in one slot.
+        """
+        first = (self.iterations == 0).unsqueeze(1)
+        s, y = self.d * self.t, g - self.g
         curvature = (s * y).sum(1, keepdim=True)
-        accept = ~first & (curvature > self.TOLERANCE_CURVATURE)
-        memory, sy, yy = self.memory[rows], self.sy[rows], self.yy[rows]
+        accept = active.unsqueeze(1) & ~first & (curvature > self.TOLERANCE_CURVATURE)
         r, m = torch.arange(len(g), device=g.device), self.m
-        slot = self.pairs[rows] % m
-        memory[r, slot] = torch.where(accept, s, memory[r, slot])
-        memory[r, m + slot] = torch.where(accept, y, memory[r, m + slot])
-        products = (torch.stack([s, y, g], dim=1) @ memory.mT).double()  # [r, 3, 2m]
+        slot = self.pairs % m
+        self.memory[r, slot] = torch.where(accept, s, self.memory[r, slot])
+        self.memory[r, m + slot] = torch.where(accept, y, self.memory[r, m + slot])
+        products = (torch.stack([s, y, g], dim=1) @ self.memory.mT).double()  # [R, 3, 2m]
         (_, Sy, Sg), (Ys, Yy, Yg) = products[..., :m].unbind(1), products[..., m:].unbind(1)
-        sy[r, slot] = torch.where(accept, Ys, sy[r, slot])
-        sy[r, :, slot] = torch.where(accept, Sy, sy[r, :, slot])
-        yy[r, slot] = torch.where(accept, Yy, yy[r, slot])
-        yy[r, :, slot] = torch.where(accept, Yy, yy[r, :, slot])
-        pairs = self.pairs[rows] + accept.squeeze(1)
-        gamma = torch.where(accept, curvature / y.square().sum(1, keepdim=True), self.gamma[rows])
+        self.sy[r, slot] = torch.where(accept, Ys, self.sy[r, slot])
+        self.sy[r, :, slot] = torch.where(accept, Sy, self.sy[r, :, slot])
+        self.yy[r, slot] = torch.where(accept, Yy, self.yy[r, slot])
+        self.yy[r, :, slot] = torch.where(accept, Yy, self.yy[r, :, slot])
+        self.pairs += accept.squeeze(1)
+        self.gamma = torch.where(accept, curvature / y.square().sum(1, keepdim=True), self.gamma)
 
         # slots from the oldest pair to the newest; empty slots come last and get a one on the diagonal
-        age = (torch.where(pairs > m, pairs, 0).unsqueeze(1) + torch.arange(m, device=g.device)) % m
-        empty = age >= pairs.clamp(max=m).unsqueeze(1)
-        by_age = torch.arange(len(g), device=g.device)[:, None, None], age[:, :, None], age[:, None, :]
-        D = sy[by_age].diagonal(dim1=1, dim2=2)
-        U = sy[by_age].triu() + torch.diag_embed(empty.double())  # s_i . y_j for i <= j
-        p, q, c = Sg.gather(1, age), Yg.gather(1, age), gamma.double()
+        age = (torch.where(self.pairs > m, self.pairs, 0).unsqueeze(1) + torch.arange(m, device=g.device)) % m
+        empty = age >= self.pairs.clamp(max=m).unsqueeze(1)
+        by_age = r[:, None, None], age[:, :, None], age[:, None, :]
+        sy, yy = self.sy[by_age], self.yy[by_age]
+        U = sy.triu() + torch.diag_embed(empty.double())  # s_i . y_j for i <= j
+        p, q, c = Sg.gather(1, age), Yg.gather(1, age), self.gamma.double()
         u = torch.linalg.solve_triangular(U, p.unsqueeze(2), upper=True)
-        w = D.unsqueeze(2) * u + c.unsqueeze(2) * (yy[by_age] @ u) - (c * q).unsqueeze(2)
+        w = sy.diagonal(dim1=1, dim2=2).unsqueeze(2) * u + c.unsqueeze(2) * (yy @ u) - (c * q).unsqueeze(2)
         v = torch.linalg.solve_triangular(U.mT, w, upper=False)
-        weights = torch.zeros_like(products[:, 0])
-        weights[:, :m].scatter_(1, age, v.squeeze(2))
-        weights[:, m:].scatter_(1, age, -c * u.squeeze(2))
-        Hg = gamma * g + (weights.to(g.dtype).unsqueeze(1) @ memory).squeeze(1)
+        by_slot = [torch.zeros_like(p).scatter(1, age, part) for part in (v.squeeze(2), -c * u.squeeze(2))]
+        weights = torch.cat(by_slot, dim=1)
+        Hg = self.gamma * g + (weights.to(g.dtype).unsqueeze(1) @ self.memory).squeeze(1)
 
-        if not isinstance(rows, slice):  # otherwise these are views, and hold the new pair already
-            self.memory[rows], self.sy[rows], self.yy[rows] = memory, sy, yy
-        self.pairs[rows], self.gamma[rows] = pairs, gamma
-        self.d[rows], self.g[rows], self.loss[rows] = -Hg, g, loss
-        self.t[rows] = torch.where(first, (1 / g.abs().sum(1, keepdim=True)).clamp(max=1) * self.lr, self.lr)
-        self.iterations[rows] += 1
+        row = active.unsqueeze(1)
+        length = torch.where(first, (1 / g.abs().sum(1, keepdim=True)).clamp(max=1) * self.lr, self.lr)
+        self.d, self.g = torch.where(row, -Hg, self.d), torch.where(row, g, self.g)
+        self.t, self.loss = torch.where(row, length, self.t), torch.where(active, loss, self.loss)
+        self.iterations += active
 
     def _move(self, rows: Tensor, sign: int) -> None:
         step = torch.where(rows.unsqueeze(1), sign * self.t * self.d, 0)
@@ -236,11 +246,6 @@ class _LBFGS:
 
 def _join(tensors: Sequence[Tensor]) -> Float[Tensor, "R N"]:
     return torch.cat([t.flatten(1) for t in tensors], dim=1)
-
-
-def _index(mask: Tensor) -> Tensor | slice:
-    """The rows of a mask; all of them as a slice, which copies nothing."""
-    return slice(None) if mask.all() else mask.nonzero().squeeze(1)
 
 
 def best_of(losses: Rows) -> int:

@@ -82,9 +82,7 @@ def slider(
     values = None if losses is None else [float(v) for v in losses]
     if len(frame_steps) != len(frames) or (values is not None and len(values) != len(frames)):
         given = "" if values is None else f" and {len(values)} losses"
-        raise ValueError(
-            f"{len(frames)} frames need as many steps and losses, got {len(frame_steps)} steps{given}"
-        )
+        raise ValueError(f"{len(frames)} frames need as many steps and losses, got {len(frame_steps)} steps{given}")
     if truth is not None and truth.shape != frames.shape[1:]:
         raise ValueError(f"truth {list(truth.shape)} does not fit the frames {list(frames.shape)}")
     texts = [f"step {s} of {frame_steps[-1]}" for s in frame_steps]

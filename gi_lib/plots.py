@@ -123,9 +123,7 @@ def losses(trace: Float[Tensor, "steps R"], *, chosen: int | None = None) -> Fig
     return Figure(figure, f"Matching loss of {restarts} over {len(values)} steps{reached}.")
 
 
-def quality_against_time(
-    frame: pd.DataFrame, by: Sequence[str] = ("attack",), clock: str = "training_steps"
-) -> Figure:
+def quality_against_time(frame: pd.DataFrame, by: Sequence[str] = ("attack",), clock: str = "training_steps") -> Figure:
     """Mean PSNR with its 95 % interval against the median cost of a case, one point a group.
 
     Args:

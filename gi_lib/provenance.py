@@ -27,9 +27,7 @@ def commit() -> str | None:
     """The package's short git hash, with a "+" where it has uncommitted changes; None outside git."""
     try:
         _git("ls-files", "--error-unmatch", "__init__.py")  # an installed copy may lie below another checkout
-        return _git("rev-parse", "--short", "HEAD") + (
-            "+" if _git("status", "--porcelain", "--", ".") else ""
-        )
+        return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -52,9 +50,7 @@ def choose_device(device: str | None) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"the device {device!r} can't be used ({reason}); try 'cpu', or leave it out"
-        ) from error
+        raise ValueError(f"the device {device!r} can't be used ({reason}); try 'cpu', or leave it out") from error
     return device
 
 

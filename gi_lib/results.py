@@ -256,9 +256,7 @@ def read_picture(path: Path, batch_size: int) -> tuple[Images, Images]:
         FileNotFoundError: there is no such picture.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"no picture at {path}; it is stored with the records, and a failed case has none"
-        )
+        raise FileNotFoundError(f"no picture at {path}; it is stored with the records, and a failed case has none")
     with Image.open(path) as image:
         pixels = torch.from_numpy(np.atleast_3d(np.asarray(image)).copy()).permute(2, 0, 1) / 255
     upper, lower = (torch.stack(row.chunk(batch_size, dim=2)) for row in pixels.chunk(2, dim=1))

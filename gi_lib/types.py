@@ -115,6 +115,13 @@ class Observation:
                     f"the gradient of {name!r} has NaN or infinite entries; the client's training diverged,"
                     " or the file is damaged"
                 )
+        if self.labels is not None:
+            size = self.batch_size or len(self.labels)
+            if self.labels.shape != (size,) or not ((self.labels >= 0) & (self.labels < self.num_classes)).all():
+                raise ValueError(
+                    f"labels must be {size} classes from 0 to {self.num_classes - 1},"
+                    f" got {self.labels.tolist()} of shape {list(self.labels.shape)}"
+                )
 
     @property
     def device(self) -> torch.device:
@@ -139,6 +146,7 @@ class Observation:
         Labels are int64 [B], or soft [B, K].
         """
         self.need(self, "update")
+        assert self.update is not None
         return self.update(self.model, images, labels)
 
     def simulate_rows(self, images: Tensor, labels: Tensor) -> Gradient:
@@ -148,7 +156,14 @@ class Observation:
         """
         if len(images) == 1:
             return {name: g.unsqueeze(0) for name, g in self.simulate(images[0], labels[0]).items()}
-        return torch.func.vmap(self.simulate)(images, labels)
+        try:
+            return torch.func.vmap(self.simulate, randomness="different")(images, labels)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{len(images)} restarts of this model can't be stacked; use restarts=1. torch.func.vmap said: {error}"
+            ) from error
 
 
 _MEANING = {

@@ -80,10 +80,7 @@ def stopping(error):
     threat = ThreatModel(knows_labels=True)
     labels = bench.data.load("digits").batch(range(4)).labels.tolist()
     assert labels.count(labels[2]) == 1
-    return [
-        Case(Stops(labels[2], error), "lenet", "digits", (i,), threat=threat, profile="smoke")
-        for i in range(4)
-    ]
+    return [Case(Stops(labels[2], error), "lenet", "digits", (i,), threat=threat, profile="smoke") for i in range(4)]
 
 
 def test_a_failure_is_a_row_and_is_tried_again(tmp_path, monkeypatch):
@@ -145,9 +142,7 @@ def test_processes_give_the_same_records(tmp_path):
     assert scores(stacked) == scores(serial)
     assert {row["device"].rpartition(", ")[2] for row in stacked} == {"1 thread"}
     for row in serial:
-        pictures = [
-            results.picture_path(tmp_path / name, row["key"]) for name in ("serial.jsonl", "pool.jsonl")
-        ]
+        pictures = [results.picture_path(tmp_path / name, row["key"]) for name in ("serial.jsonl", "pool.jsonl")]
         assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
@@ -188,9 +183,7 @@ def test_a_seed_gives_the_same_scores_and_another_seed_others(tmp_path):
 def test_the_key_is_the_same_in_another_process_and_names_no_address():
     code = "from tests.test_bench import TINY, key, text; print(key(TINY)); print(text(TINY))"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "GI_DATA": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.splitlines() == [key(TINY), text(TINY)]
     assert "0x" not in text(TINY)
     assert "distance=gi_lib.matching.cosine" in text(TINY)
@@ -216,9 +209,7 @@ CHANGES = {
 
 def test_every_field_changes_the_key():
     assert CHANGES.keys() == {field.name for field in dataclasses.fields(Case)}
-    cases = [
-        dataclasses.replace(TINY, **{name: value}) for name, value in CHANGES.items() if name != "weights"
-    ]
+    cases = [dataclasses.replace(TINY, **{name: value}) for name, value in CHANGES.items() if name != "weights"]
     cases += [dataclasses.replace(TINY, model="resnet20", weights=w) for w in (None, "cifar10_resnet20")]
     assert len({key(case) for case in [TINY, *cases]}) == len(cases) + 1
 

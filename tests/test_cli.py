@@ -49,9 +49,7 @@ def test_version_is_the_package_s(gi):
 
 @pytest.mark.parametrize(("dataset", "size"), [("digits", 8), ("photos", 32)])
 def test_attack_prints_scores_and_writes_the_picture(gi, dataset, size):
-    done = gi(
-        "attack", "inverting_gradients", "--dataset", dataset, "--indices", "0-1", "--steps", 2, "--labels"
-    )
+    done = gi("attack", "inverting_gradients", "--dataset", dataset, "--indices", "0-1", "--steps", 2, "--labels")
     assert done.exit_code == 0, done.output
     for word in ("PSNR", "SSIM", "LPIPS missing", "labels 100%", "training steps", "attack.png", "steps=2"):
         assert word in done.output
@@ -61,9 +59,7 @@ def test_attack_prints_scores_and_writes_the_picture(gi, dataset, size):
 
 
 def test_attack_on_fedavg(gi):
-    done = gi(
-        "attack", "inverting_gradients", "--local-steps", 2, "--steps", 2, "--restarts", 2, "--out", "a.png"
-    )
+    done = gi("attack", "inverting_gradients", "--local-steps", 2, "--steps", 2, "--restarts", 2, "--out", "a.png")
     assert done.exit_code == 0, done.output
     assert Path("a.png").exists()
 

@@ -61,9 +61,7 @@ def write_idx(folder, seed=0, numbers=(12, 8), labels_below=10):
     for prefix, n in zip(("train", "t10k"), numbers, strict=True):
         images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
         labels = rng.integers(0, labels_below, n, dtype=np.uint8)
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(
-            struct.pack(">IIII", 2051, n, 28, 28) + images.tobytes()
-        )
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, n, 28, 28) + images.tobytes())
         (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + labels.tobytes())
     return images, labels
 
@@ -574,9 +572,7 @@ def test_imagenet_in_torchvisions_layout(tmp_path, split, folder):
 
 
 def test_imagenet_that_is_not_there_or_not_whole(tmp_path):
-    with pytest.raises(
-        data.DataError, match=r"torchvision can't download ImageNet; get it from image-net\.org"
-    ):
+    with pytest.raises(data.DataError, match=r"torchvision can't download ImageNet; get it from image-net\.org"):
         data.load("imagenet", root=tmp_path)
     (tmp_path / "imagenet" / "val" / "n01440764").mkdir(parents=True)
     with pytest.raises(data.DataError, match="has 1 class folders, ImageNet has 1000"):

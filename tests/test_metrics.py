@@ -186,9 +186,7 @@ def test_images_that_cannot_be_compared(metric):
     for value in (float("nan"), float("inf")):
         broken = good.clone()
         broken[1, 0, 0, 0] = value
-        with pytest.raises(
-            ValueError, match="1 of 3 images of the reconstruction have NaN or infinite pixels"
-        ):
+        with pytest.raises(ValueError, match="1 of 3 images of the reconstruction have NaN or infinite pixels"):
             metric(broken, truth)
         with pytest.raises(ValueError, match="1 of 3 images of the truth have NaN or infinite pixels"):
             metric(good, broken)
@@ -294,9 +292,7 @@ def package_values(network, reconstructed, truth):
         return network(2 * reconstructed - 1, 2 * truth - 1).flatten().double()
 
 
-@pytest.mark.parametrize(
-    "shape", [(3, 32, 32), (3, 64, 48), (1, 32, 32), (3, 28, 28), (1, 8, 8), (1, 20, 30)]
-)
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 64, 48), (1, 32, 32), (3, 28, 28), (1, 8, 8), (1, 20, 30)])
 def test_lpips_equals_the_package(random_root, features, monkeypatch, shape):
     reconstructed, truth = pair(2, *shape)
     value = metrics.lpips(reconstructed, truth, root=random_root)

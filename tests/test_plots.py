@@ -122,9 +122,7 @@ def test_picture_grid(study):
 
 def test_provenance_names_what_made_the_numbers(study):
     line = str(plots.provenance(results.read(study), "tiny"))
-    assert line.startswith(
-        '<p class="provenance">Study <a href="../results/tiny.jsonl">tiny</a>: 3 of 4 cases ok'
-    )
+    assert line.startswith('<p class="provenance">Study <a href="../results/tiny.jsonl">tiny</a>: 3 of 4 cases ok')
     for fact in ("commit", "seeds 0, 4", "profile smoke", f"torch {torch.__version__}", "thread", "float32"):
         assert fact in line
     assert "no records" in str(plots.provenance(results.read(study).iloc[:0], "tiny"))

@@ -41,7 +41,7 @@ class DLG:
         if any(isinstance(layer, _PIECEWISE_LINEAR) for layer in obs.model.modules()):
             warnings.warn(
                 "DLG needs second derivatives of the model, and its ReLU-like layers have none almost everywhere:"
-                " expect it to stall; use InvertingGradients, or a smooth activation",
+                " it may stall or blow up; use InvertingGradients, or a smooth activation",
                 stacklevel=2,
             )
         R, B, K = self.restarts, obs.batch_size, obs.num_classes

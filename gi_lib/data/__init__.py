@@ -187,7 +187,5 @@ def _find(name: str, split: str, size: int, folder: str | Path | None, download:
 def _checked_size(name: str, size: int) -> int:
     largest = LARGEST_PHOTO if name == "photos" else LARGEST
     if isinstance(size, bool) or not hasattr(size, "__index__") or not SMALLEST <= size <= largest:
-        raise ValueError(
-            f"size must be a whole number of pixels from {SMALLEST} to {largest} for {name}, got {size!r}"
-        )
+        raise ValueError(f"size must be a whole number of pixels from {SMALLEST} to {largest} for {name}, got {size!r}")
     return operator.index(size)

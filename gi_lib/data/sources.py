@@ -97,9 +97,7 @@ def read_imagenet(folder: Path, split: str, size: int) -> Found:
     return Found(ImageFiles(paths, size), np.array(files.targets, dtype=np.int64), "torchvision", names)
 
 
-def _check(
-    images: np.ndarray, labels: np.ndarray, names: tuple[str, ...] | None, spec: Spec, path: Path
-) -> None:
+def _check(images: np.ndarray, labels: np.ndarray, names: tuple[str, ...] | None, spec: Spec, path: Path) -> None:
     """DataError unless the arrays are what the images and labels of this dataset must be."""
     channels, height, width = spec.image_shape
     problem = None

@@ -1,0 +1,147 @@
+"""The contract that every attack keeps, and the papers' results on their smallest setting."""
+
+import copy
+import dataclasses
+import warnings
+
+import pytest
+import torch
+
+from gi_lib import FedAvg, ThreatModel, WithheldError, data, evaluate, models, observe
+from gi_lib.attacks import ATTACKS, DLG, InvertingGradients
+from gi_lib.matching import cosine
+
+CONTRACT = {  # name -> (a small instance, a model that suits it)
+    "dlg": (DLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
+    "inverting_gradients": (InvertingGradients(steps=3, restarts=2, frames=2), "convnet"),
+}
+
+
+@pytest.fixture(params=CONTRACT)
+def contract(request):
+    return CONTRACT[request.param]
+
+
+def test_every_attack_has_a_row():
+    assert CONTRACT.keys() == ATTACKS.keys()
+    assert all(type(attack) is ATTACKS[name] for name, (attack, _) in CONTRACT.items())
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 12), (1, 11, 9)], ids=str)
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_shapes_and_ranges(contract, client, rng, shape, size, train):
+    attack, name = contract
+    obs, _ = client(name, size, shape, train=train)
+    rec = attack(obs, rng)
+    assert rec.images.shape == (size, *shape) and rec.images.dtype == torch.float32
+    assert rec.images.min() >= 0 and rec.images.max() <= 1 and not rec.images.requires_grad
+    assert rec.labels.shape == (size,) and rec.labels.dtype == torch.int64
+    assert ((rec.labels >= 0) & (rec.labels < obs.num_classes)).all()
+    assert isinstance(rec.loss, float) and rec.loss >= 0
+    assert rec.trace.shape == (rec.steps, attack.restarts) and rec.steps <= attack.steps
+    assert rec.frames.shape[1:] == rec.images.shape and len(rec.frames) == len(rec.frame_steps)
+    torch.testing.assert_close(rec.frames[-1], rec.images)
+    assert rec.gradient_evaluations > attack.restarts
+
+
+def test_the_loss_is_that_of_the_returned_images(client, rng):
+    obs, _ = client("convnet", 2, (3, 12, 12), knows_labels=True)
+    rec = InvertingGradients(steps=3, restarts=2)(obs, rng)
+    simulated = obs.simulate_rows(rec.images[None], rec.labels[None])
+    assert cosine(simulated, obs.gradient).item() == pytest.approx(rec.loss, rel=1e-4)
+
+
+def test_the_same_generator_gives_the_same_result(contract, client):
+    attack, name = contract
+    obs, _ = client(name, 1, (3, 12, 12))
+    first, again, other = (attack(obs, torch.Generator().manual_seed(s)) for s in (5, 5, 6))
+    assert torch.equal(first.images, again.images) and torch.equal(first.trace, again.trace)
+    assert not torch.equal(first.images, other.images)
+
+
+def test_nothing_of_the_callers_is_changed(contract, client, rng):
+    attack, name = contract
+    obs, _ = client(name, 1, (3, 12, 12), train=True, knows_labels=True)
+    before = copy.deepcopy((obs.model.state_dict(), obs.gradient, obs.labels))
+    state, training = torch.get_rng_state(), obs.model.training
+    attack(obs, rng)
+    torch.testing.assert_close((obs.model.state_dict(), obs.gradient, obs.labels), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state) and obs.model.training == training
+    assert all(p.grad is None for p in obs.model.parameters())
+
+
+def test_known_labels_are_returned(contract, client, rng):
+    attack, name = contract
+    obs, batch = client(name, 3, (3, 12, 12), knows_labels=True)
+    assert attack(obs, rng).labels.tolist() == batch.labels.tolist()
+
+
+def test_fedavg_is_attacked_by_the_same_code(contract, client, rng):
+    attack, name = contract
+    obs, _ = client(name, 2, (3, 12, 12), update=FedAvg(2, lr=0.01), knows_training_details=True)
+    assert attack(obs, rng).images.shape == (2, 3, 12, 12)
+
+
+@pytest.mark.parametrize("field", ["batch_size", "update"])
+def test_a_withheld_need_is_answered_by_an_error(contract, client, rng, field):
+    attack, name = contract
+    assert field in attack.needs
+    withheld = {"batch_size": {"knows_batch_size": False}, "update": {"update": FedAvg(2)}}[field]
+    obs, _ = client(name, 1, (3, 12, 12), **withheld)
+    with pytest.raises(WithheldError, match=rf"{type(attack).__name__} needs .* withholds it; observe with"):
+        attack(obs, rng)
+
+
+def test_attacks_are_values(contract):
+    attack, _ = contract
+    assert attack == dataclasses.replace(attack) and hash(attack) == hash(dataclasses.replace(attack))
+    assert attack != dataclasses.replace(attack, steps=99) and f"steps={attack.steps}" in repr(attack)
+
+
+def test_dlg_warns_of_relu_and_only_then(client, rng):
+    attack = DLG(steps=1, max_iter=2)
+    obs, _ = client("mlp", 1, (3, 12, 12))
+    with pytest.warns(UserWarning, match="second derivatives.*ReLU-like layers have none"):
+        attack(obs, rng)
+    obs, _ = client("lenet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(obs, rng)
+
+
+@pytest.mark.parametrize("attack", [DLG(restarts=0), InvertingGradients(steps=0)], ids=str)
+def test_no_restarts_or_steps_are_refused(attack, client, rng):
+    obs, _ = client()
+    with pytest.raises(ValueError, match="both must be at least 1"):
+        attack(obs, rng)
+
+
+# Papers
+
+
+def attacked(model_name, attack, *, dataset="digits", index=0, seed=0, **facts):
+    dataset = data.load(dataset)
+    model = models.build(model_name, num_classes=dataset.num_classes, image_shape=dataset.image_shape, seed=seed)
+    batch = dataset.batch([index])
+    obs = observe(model, batch, threat=ThreatModel(**facts), rng=torch.Generator())
+    rec = attack(obs, torch.Generator().manual_seed(seed))
+    return rec, evaluate(rec, batch, download=False), batch
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_dlg_is_pixel_exact_on_its_lenet_and_finds_the_label(index):
+    rec, scores, batch = attacked("lenet", DLG(steps=40, restarts=4), index=index, seed=index)
+    assert scores.psnr.item() > 60 and rec.labels.tolist() == batch.labels.tolist()
+
+
+def test_dlg_fails_when_relu_takes_the_sigmoids_place(monkeypatch):
+    monkeypatch.setattr(torch.nn, "Sigmoid", torch.nn.ReLU)
+    with pytest.warns(UserWarning, match="second derivatives"):
+        _, scores, _ = attacked("lenet", DLG(steps=40, restarts=4), knows_labels=True)
+    assert scores.psnr.item() < 10
+
+
+def test_inverting_gradients_recovers_a_digit_from_an_mlp():
+    _, scores, _ = attacked("mlp", InvertingGradients(steps=100))
+    assert scores.psnr.item() > 15

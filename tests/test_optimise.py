@@ -1,0 +1,119 @@
+"""The loop and its optimisers against torch's own, row by row."""
+
+import math
+
+import pytest
+import torch
+
+from gi_lib.optimise import adam, best_of, lbfgs, minimise
+
+RNG = torch.Generator().manual_seed(3)
+MATRIX = torch.randn(30, 10, generator=RNG, dtype=torch.float64)
+START = torch.randn(5, 10, generator=RNG, dtype=torch.float64)
+
+
+def rosenbrock(x):
+    return (100 * (x[..., 1:] - x[..., :-1] ** 2) ** 2 + (1 - x[..., :-1]) ** 2).sum(-1)
+
+
+def convex(x):
+    return torch.nn.functional.softplus(x @ MATRIX.T).sum(-1) + 0.5 * x.square().sum(-1)
+
+
+def torch_lbfgs(loss, start, steps, **settings):
+    x = start.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([x], **settings)
+
+    def closure():
+        optimiser.zero_grad()
+        value = loss(x)
+        value.backward()
+        return value
+
+    trace = [optimiser.step(closure).item() for _ in range(steps)]
+    return x.detach(), trace, optimiser.state[x]["func_evals"]
+
+
+@pytest.mark.parametrize("history", [3, 100])
+@pytest.mark.parametrize(("loss", "lr"), [(rosenbrock, 1e-2), (convex, 0.2)], ids=["rosenbrock", "convex"])
+def test_stacked_lbfgs_is_torchs_row_by_row(loss, lr, history):
+    found = minimise(loss, [START], optimiser=lbfgs(lr, history=history), steps=8)
+    evaluations = 0
+    for row, start in enumerate(START):
+        x, trace, evals = torch_lbfgs(loss, start, len(found.trace), lr=lr, history_size=history)
+        torch.testing.assert_close(found.variables[0][row], x, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.trace[:, row], torch.tensor(trace).double(), rtol=1e-6, atol=1e-6)
+        evaluations += evals
+    assert found.evaluations <= evaluations
+    assert found.trace[-1].max() < found.trace[0].min()
+
+
+def test_lbfgs_moves_several_variables_as_one():
+    joint = minimise(convex, [START], optimiser=lbfgs(0.2), steps=4)
+    parts = [START[:, :4], START[:, 4:].reshape(5, 2, 3)]
+    split = minimise(lambda a, b: convex(torch.cat([a, b.flatten(1)], 1)), parts, optimiser=lbfgs(0.2), steps=4)
+    a, b = split.variables
+    torch.testing.assert_close(torch.cat([a, b.flatten(1)], 1), joint.variables[0], rtol=0, atol=1e-9)
+
+
+def test_a_row_that_blows_up_stops_and_harms_no_other():
+    def loss(x):
+        return torch.where(x[:, 0] > 50, torch.nan, 1.0) * rosenbrock(x)
+
+    start = torch.stack([START[0], 49.9 * torch.ones(10, dtype=torch.float64)])
+    start[1, 1] = 1e4  # its first step leaves the domain
+    alone = minimise(loss, [start[:1]], optimiser=lbfgs(1e-2), steps=5)
+    both = minimise(loss, [start], optimiser=lbfgs(1e-2), steps=5)
+    torch.testing.assert_close(both.variables[0][:1], alone.variables[0])
+    assert both.variables[0].isfinite().all() and loss(both.variables[0]).isfinite().all()
+
+
+def test_lbfgs_ends_when_every_row_is_settled():
+    found = minimise(lambda x: x.square().sum(1), [START], optimiser=lbfgs(), steps=50)
+    assert len(found.trace) < 10 and found.variables[0].abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("optimiser", [adam(0.1, signed=True, drops=(0.5,)), adam(0.01), lbfgs(0.2)])
+def test_stacked_restarts_equal_separate_ones(optimiser):
+    together = minimise(convex, [START], optimiser=optimiser, steps=6)
+    for row in range(len(START)):
+        alone = minimise(convex, [START[row : row + 1]], optimiser=optimiser, steps=6)
+        torch.testing.assert_close(together.variables[0][row], alone.variables[0][0], rtol=0, atol=1e-9)
+
+
+def test_signed_adam_is_torchs_on_the_sign_with_the_steps_cut():
+    found = minimise(convex, [START], optimiser=adam(0.1, signed=True, drops=(3 / 8, 5 / 8, 7 / 8)), steps=16)
+    x = START.clone().requires_grad_()
+    optimiser = torch.optim.Adam([x], lr=0.1)
+    rates = []
+    for k in range(16):
+        rates.append(0.1 * 0.1 ** sum(k >= cut for cut in (6, 10, 14)))
+        optimiser.param_groups[0]["lr"] = rates[-1]
+        (g,) = torch.autograd.grad(convex(x).sum(), [x])
+        x.grad = g.sign()
+        optimiser.step()
+    torch.testing.assert_close(found.variables[0], x.detach())
+    assert sorted(set(rates), reverse=True) == pytest.approx([0.1, 0.01, 0.001, 0.0001])
+
+
+def test_projection_frames_and_counts():
+    found = minimise(convex, [START], optimiser=adam(0.5), steps=20, project=lambda x: x.clamp_(-0.1, 0.1), frames=5)
+    assert found.variables[0].abs().max() <= 0.1
+    assert found.trace.shape == (20, 5) and found.evaluations == 100
+    assert found.frame_steps[0] == 0 and found.frame_steps[-1] == 20
+    assert len(found.frames) == len(found.frame_steps) <= 6
+    torch.testing.assert_close(found.frames[0][0], START)
+    torch.testing.assert_close(found.frames[-1][0], found.variables[0])
+
+
+def test_best_of_counts_nan_as_infinite():
+    assert best_of(torch.tensor([math.nan, 2.0, 1.0])) == 2
+    assert best_of(torch.tensor([math.inf, math.nan, 5.0])) == 2
+    with pytest.raises(FloatingPointError, match="no restart ended with a finite loss"):
+        best_of(torch.tensor([math.nan, math.inf]))
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(0, 1), (1, 0)])
+def test_nothing_to_minimise_is_refused(rows, steps):
+    with pytest.raises(ValueError, match=f"restarts={rows}, steps={steps}; both must be at least 1"):
+        minimise(convex, [START[:rows]], optimiser=adam(0.1), steps=steps)

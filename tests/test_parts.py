@@ -1,0 +1,120 @@
+"""Distances, priors, parametrisations and label rules against plain loops and known cases."""
+
+import pytest
+import torch
+
+from gi_lib import Batch, labels, models, observe
+from gi_lib.matching import cosine, squared_l2
+from gi_lib.parametrisations import Pixels, TanhBox
+from gi_lib.priors import l2, total_variation
+
+
+def gradients(rows, rng):
+    shapes = {"a": (2, 3), "b": (4,)}
+    stacked = {name: torch.randn(rows, *shape, generator=rng) for name, shape in shapes.items()}
+    single = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
+    return stacked, single
+
+
+def test_distances_against_loops(rng):
+    stacked, single = gradients(3, rng)
+    for r in range(3):
+        total = dot = a2 = b2 = 0.0
+        for name in single:
+            for x, y in zip(stacked[name][r].flatten().tolist(), single[name].flatten().tolist(), strict=True):
+                total, dot, a2, b2 = total + (x - y) ** 2, dot + x * y, a2 + x * x, b2 + y * y
+        assert squared_l2(stacked, single)[r].item() == pytest.approx(total, rel=1e-5)
+        assert cosine(stacked, single)[r].item() == pytest.approx(1 - dot / (a2 * b2) ** 0.5, rel=1e-5)
+
+
+def test_cosine_ignores_scale_and_survives_small_and_zero_gradients(rng):
+    stacked, single = gradients(1, rng)
+    small = {name: 1e-12 * g for name, g in stacked.items()}
+    tiny = {name: 1e-12 * g for name, g in single.items()}
+    torch.testing.assert_close(cosine(small, tiny), cosine(stacked, single))
+    zero = {name: torch.zeros_like(g) for name, g in stacked.items()}
+    assert cosine(zero, single).item() == 1
+
+
+def test_distances_are_zero_only_at_the_gradient(rng):
+    stacked, _ = gradients(2, rng)
+    first = {name: g[0] for name, g in stacked.items()}
+    for distance in (squared_l2, cosine):
+        same, other = distance(stacked, first).tolist()
+        assert same == pytest.approx(0, abs=1e-6) and other > 0.1
+
+
+def test_total_variation_against_three_loops(rng):
+    x = torch.rand(2, 2, 3, 4, 5, generator=rng)
+    for r in range(2):
+        down, across = [], []
+        for plane in x[r].flatten(0, 1).tolist():
+            for i in range(4):
+                for j in range(5):
+                    if i < 3:
+                        down.append(abs(plane[i + 1][j] - plane[i][j]))
+                    if j < 4:
+                        across.append(abs(plane[i][j + 1] - plane[i][j]))
+        expected = sum(down) / len(down) + sum(across) / len(across)
+        assert total_variation(x)[r].item() == pytest.approx(expected, rel=1e-5)
+        assert l2(x)[r].item() == pytest.approx((x[r] ** 2).mean().item())
+
+
+@pytest.mark.parametrize(
+    "p", [Pixels(), Pixels(torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.full((3, 1, 1), 0.2)), TanhBox()], ids=str
+)
+def test_parametrisations_return_the_image_they_start_from(p, rng):
+    x = torch.rand(2, 1, 3, 4, 4, generator=rng) * 0.98 + 0.01
+    torch.testing.assert_close(p.image(p.start(x)), x)
+    z = p.start(x) + 100 * torch.randn(x.shape, generator=rng)
+    p.project(z)
+    assert p.image(z).min() >= 0 and p.image(z).max() <= 1 + 1e-6
+
+
+def test_pixels_that_are_not_boxed_stay_where_they_are():
+    z = torch.full((1, 1, 1, 2, 2), 7.0)
+    Pixels(boxed=False).project(z)
+    assert (z == 7).all()
+
+
+def observation(name, label, rng, num_classes=5, size=1, seed=0):
+    model = models.build(name, num_classes=num_classes, image_shape=(3, 9, 9), seed=seed)
+    batch = Batch(torch.rand(size, 3, 9, 9, generator=rng), torch.as_tensor(label).reshape(size))
+    return observe(model, batch, rng=rng)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet", "convnet"])
+def test_idlg_is_exact_for_one_image(name, rng):
+    for label in range(5):
+        assert labels.idlg(observation(name, label, rng, seed=label)).tolist() == [label]
+
+
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_idlg_needs_no_bias_and_no_sign_of_the_features(num_classes, rng):
+    for label in range(num_classes):
+        net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, num_classes, bias=False))
+        with torch.no_grad():
+            net[1].weight.normal_(generator=rng)
+        model = models.wrap(net, mean=0.0 if num_classes == 2 else 0.5, num_classes=num_classes)
+        obs = observe(model, Batch(torch.rand(1, 3, 2, 2, generator=rng), torch.tensor([label])), rng=rng)
+        assert labels.idlg(obs).tolist() == [label]
+
+
+def test_column_min_finds_a_batch_without_repeats(rng):
+    for wanted in ([0, 3], [4, 1, 2]):
+        obs = observation("mlp", wanted, rng, size=len(wanted))
+        assert labels.column_min(obs).tolist() == sorted(wanted)
+
+
+def test_label_rules_say_what_they_need(client, rng):
+    with pytest.raises(ValueError, match=r"one label from one image, got batch_size=2; use labels\.column_min"):
+        labels.idlg(observation("mlp", [0, 1], rng, size=2))
+    with pytest.raises(ValueError, match="finds no repeats, but 6 images of 5 classes must"):
+        labels.column_min(observation("mlp", [0, 1, 2, 3, 4, 0], rng, size=6))
+    obs, _ = client(knows_batch_size=False)
+    with pytest.raises(ValueError, match="column_min needs the batch size"):
+        labels.column_min(obs)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Flatten())
+    obs = observe(models.wrap(net, num_classes=4), Batch(torch.rand(1, 3, 2, 2), torch.tensor([1])), rng=rng)
+    with pytest.raises(ValueError, match="no dense layer with 4 outputs"):
+        labels.idlg(obs)
