@@ -58,8 +58,6 @@ def column_min(obs: Observation) -> Labels:
     if obs.batch_size is None:
         raise ValueError("column_min needs the batch size; observe with ThreatModel(knows_batch_size=True)")
     if obs.batch_size > obs.num_classes:
-        raise ValueError(
-            f"column_min finds no repeats, and {obs.batch_size} images of {obs.num_classes} classes repeat"
-        )
+        raise ValueError(f"column_min finds no repeats, but {obs.batch_size} images of {obs.num_classes} classes must")
     weight, _ = last_layer(obs)
     return torch.topk(weight.min(1).values, obs.batch_size, largest=False).indices.sort().values
