@@ -11,7 +11,7 @@ from gi_lib.bench import Case
 
 IMAGES = range(8)
 NETWORKS = (("convnet", None), ("resnet20", None), ("resnet20", "cifar10_resnet20"))
-STEPS = {"convnet": 600, "resnet20": 3000}
+STEPS = {"convnet": 600, "resnet20": 1500}
 
 CASES = [
     Case(
