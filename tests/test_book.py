@@ -73,9 +73,9 @@ def test_code_is_narrow(path):
 
 @each_chapter
 def test_first_cells(path):
-    """A numbered title, then the same install and parameters cells everywhere."""
+    """A title, then the same install and parameters cells everywhere."""
     nb = notebook(path)
-    assert re.match(r"# \d+\. \S", source(nb["cells"][0])), "a chapter begins with '# NUMBER. TITLE'"
+    assert re.match(r"# \S", source(nb["cells"][0])), "a notebook begins with '# TITLE'"
     code = [cell for cell in nb["cells"] if cell["cell_type"] == "code"]
     for cell, name, text in (
         (code[0], "install", cells.install(cells.address())),
@@ -104,23 +104,29 @@ def test_reference_notebooks_store_what_they_print(path):
         assert names == [("stream", "stdout")], cell["id"]
 
 
-def pages():
+def contents():
+    """Caption of a part -> its pages, as they stand in the table of contents."""
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    return [toc["root"]] + [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
+    parts = {part["caption"]: [entry["file"] for entry in part["chapters"]] for part in toc["parts"]}
+    return {"": [toc["root"]]} | parts
 
 
 def test_every_page_is_in_the_table_of_contents():
     found = {f"book/{p.stem}" for p in (ROOT / "book").iterdir() if p.suffix in {".md", ".ipynb"}}
-    listed = pages()
+    listed = [page for pages in contents().values() for page in pages]
     assert len(set(listed)) == len(listed)
     assert {page for page in listed if page.startswith("book/")} == found
 
 
-def test_chapters_stand_in_the_order_of_their_numbers():
-    titles = [
-        source(notebook(ROOT / f"{page}.ipynb")["cells"][0]) for page in pages() if (ROOT / f"{page}.ipynb").exists()
-    ]
-    numbers = [int(re.match(r"# (\d+)\.", title)[1]) for title in titles]
+def test_chapters_carry_their_numbers_in_order():
+    """Notebooks of the appendices have none."""
+    numbers = []
+    for part, pages in contents().items():
+        for path in (ROOT / f"{page}.ipynb" for page in pages):
+            if path.exists():
+                title = re.match(r"# (?:(\d+)\. )?\S", source(notebook(path)["cells"][0]))
+                assert bool(title[1]) == (part != "Appendices"), path.name
+                numbers += [int(title[1])] if title[1] else []
     assert numbers == sorted(set(numbers))
 
 
