@@ -1,6 +1,6 @@
 """DLG (Zhu et al., NeurIPS 2019) on its own ground: single CIFAR-100 images, a new random LeNet for each.
 
-32 images, once with the label sought together with the image, once with the label known. Of eight stacked
+32 images, once with the label known, once with the label sought together with the image. Of eight stacked
 restarts the one with the smallest matching loss counts. The public code takes 300 steps; 200 are what two
 cores afforded, and the matching loss is flat before.
 """
@@ -11,7 +11,7 @@ from gi_lib.bench import Case
 
 IMAGES = range(32)
 STEPS = 200
-THREATS = (ThreatModel(), ThreatModel(knows_labels=True))
+THREATS = (ThreatModel(knows_labels=True), ThreatModel())
 
 CASES = [
     Case(
