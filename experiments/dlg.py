@@ -2,7 +2,7 @@
 
 32 images, once with the label known, once with the label sought together with the image. Of eight stacked
 restarts the one with the smallest matching loss counts. The public code takes 300 steps; 200 are what two
-cores afforded, and the matching loss is flat before.
+cores afforded.
 """
 
 from gi_lib import ThreatModel
