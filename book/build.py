@@ -3,10 +3,9 @@
     python book/build.py site --profile quick      # ROOT/_build/html
     python book/build.py copies --profile smoke    # ROOT/_build/nbval: chapters with parameters, not executed
 
-Sources stay as they are. ROOT/_build/executed holds one executed notebook a chapter and what it cost;
-ROOT/_build/stage is the tree that jupyter-book reads. A chapter is executed again when its source, its
-parameters, gi_lib, results/ or an installed package has changed; the site is built again when anything staged
-has.
+Sources stay as they are. ROOT/_build/executed holds one executed notebook a chapter and what it cost; ROOT/_build/stage
+is the tree that jupyter-book reads. A chapter is executed again when its source, its parameters, gi_lib, experiments/,
+results/ or an installed package has changed; the site is built again when anything staged has.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ import cells
 
 REPO = cells.ROOT
 BOOK = REPO / "book"
+SHARED = (REPO / "gi_lib", REPO / "experiments", REPO / "results")  # what chapters read, beside book/
 PAGES = ("_config.yml", "_toc.yml", "CHANGELOG.md", "CONTRIBUTING.md")
 TAIL = 25  # lines of a traceback or log that are shown
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -63,7 +63,7 @@ def versions() -> str:
 def common_key(parameters: dict) -> str:
     """What all chapters depend on."""
     environment = [os.environ.get(name, "") for name in ("GI_DATA", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES")]
-    return digest(json.dumps([parameters, environment]), versions(), REPO / "gi_lib", REPO / "results")
+    return digest(json.dumps([parameters, environment]), versions(), *SHARED)
 
 
 # --- executing
@@ -215,8 +215,8 @@ def lay_stage(stage: Path) -> None:
     for name in PAGES:
         if (REPO / name).exists():
             shutil.copy(REPO / name, stage / name)
-    for name in ("results", "gi_lib", "experiments"):
-        link(REPO / name, stage / name)
+    for path in SHARED:
+        link(path, stage / path.name)
     (stage / "extra").mkdir()
     link(REPO / "results", stage / "extra" / "results")
 
@@ -230,7 +230,7 @@ def build_site(root: Path, parameters: dict, jobs: int) -> Path:
     address = cells.address()
     for source in cells.chapters():
         write(stage / "book" / source.name, staged_notebook(folder, source.name, address))
-    key = digest(versions(), stage, REPO / "gi_lib", REPO / "results")
+    key = digest(versions(), stage, *SHARED)
     if html.joinpath("index.html").exists() and built.exists() and built.read_text() == key:
         print(f"site: up to date in {html}", flush=True)
         return html
