@@ -9,7 +9,8 @@
 #   make clean                       remove what was built; the .venv stays
 #
 # PROFILE=smoke|quick|survey, DEVICE=cuda, DATA_ROOT=path, SEED=1 go to every chapter; JOBS chapters run at a time.
-# PIP_ARGS goes to pip: PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" chooses a CPU build of torch.
+# PIP_ARGS goes to pip: with PIP_ARGS="--extra-index-url URL" and the URL that pytorch.org gives for CPU builds, a reader
+# without a GPU saves some gigabytes.
 
 SHELL := /bin/bash
 PYTHON ?= python3
