@@ -33,7 +33,7 @@ def commit() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent  # the book reaches the package through a link
     done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
