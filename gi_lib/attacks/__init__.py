@@ -1,4 +1,7 @@
-"""One file a paper. An attack maps (Observation, torch.Generator) to a Reconstruction and never sees the truth."""
+"""One file a paper.
+
+An attack maps (Observation, torch.Generator) to a Reconstruction and never sees the truth.
+"""
 
 from gi_lib.attacks.dlg import DLG
 from gi_lib.attacks.inverting_gradients import InvertingGradients

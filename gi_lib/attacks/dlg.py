@@ -2,13 +2,14 @@
 
     x*, y* = argmin over x, y of  | g(x, softmax(y)) - g* |^2
 
-by L-BFGS with step length 1, from x and y drawn from N(0, 1). It is second order twice over: the loss contains a
-gradient, so that its own gradient needs the model's second derivatives, which a piecewise linear network (ReLU)
-has almost nowhere.
+by L-BFGS with step length 1, from x and y drawn from N(0, 1). It is second order twice over: the
+loss contains a gradient, so that its own gradient needs the model's second derivatives, which a
+piecewise linear network (ReLU) has almost nowhere.
 
 Needs: the batch size. With known labels only x is sought.
-Departs from the paper: restarts are stacked and the one with the smallest loss is returned; images are clipped
-to [0, 1] at the end. The paper leaves the steps open; 300 steps of 20 iterations are its public code's.
+Departs from the paper: restarts are stacked and the one with the smallest loss is returned; images
+are clipped to [0, 1] at the end. The paper leaves the steps open; 300 steps of 20 iterations are
+its public code's.
 """
 
 import warnings
@@ -40,8 +41,8 @@ class DLG:
         obs.need(self, *self.needs)
         if any(isinstance(layer, _PIECEWISE_LINEAR) for layer in obs.model.modules()):
             warnings.warn(
-                "DLG needs second derivatives of the model, and its ReLU-like layers have none almost everywhere:"
-                " it may stall or blow up; use InvertingGradients, or a smooth activation",
+                "DLG needs second derivatives of the model, and its ReLU-like layers have none almost"
+                " everywhere: it may stall or blow up; use InvertingGradients, or a smooth activation",
                 stacklevel=2,
             )
         R, B, K = self.restarts, obs.batch_size, obs.num_classes
@@ -65,12 +66,13 @@ class DLG:
         with torch.no_grad():
             losses = loss(x, *y)
         best = best_of(losses)
+        frames = [frame[0][best].clamp(0, 1) for frame in found.frames]
         return Reconstruction(
             images=x[best],
             labels=y[0][best].argmax(-1) if y else known,
             loss=losses[best].item(),
             trace=found.trace,
-            frames=torch.stack([frame[0][best].clamp(0, 1) for frame in found.frames]) if self.frames else None,
+            frames=torch.stack(frames) if frames else None,
             frame_steps=found.frame_steps,
             gradient_evaluations=found.evaluations + R,
         )

@@ -1,10 +1,10 @@
 """Inverting Gradients (Geiping, Bauermeister, Droege, Moeller, NeurIPS 2020, arXiv:2003.14053).
 
-    x* = argmin over x in [0, 1]^n of  1 - <g(x), g*> / (|g(x)| |g*|) + alpha TV(x)          (equation 4)
+    x* = argmin over x in [0, 1]^n of  1 - <g(x), g*> / (|g(x)| |g*|) + alpha TV(x)   (equation 4)
 
-by Adam on the sign of the gradient, the step cut by ten after 3/8, 5/8 and 7/8 of the steps. The optimiser moves
-z = (x - mean) / std, the image as the model sees it: there it starts from N(0, 1), there TV is taken, and there
-the box is clamped after each step, all as in the public code.
+by Adam on the sign of the gradient, the step cut by ten after 3/8, 5/8 and 7/8 of the steps. The
+optimiser moves z = (x - mean) / std, the image as the model sees it: there it starts from N(0, 1),
+there TV is taken, and there the box is clamped after each step, all as in the public code.
 
 Needs: the batch size; labels are known, or inferred (idlg for one image, column_min for a batch).
 Departs from the paper: restarts are stacked instead of run one after another.
@@ -40,10 +40,11 @@ class InvertingGradients:
         if y is None:
             y = labels.idlg(obs) if obs.batch_size == 1 else labels.column_min(obs)
         pixels = Pixels(obs.model.mean, obs.model.std)
-        z = torch.randn(self.restarts, obs.batch_size, *obs.image_shape, generator=rng).to(obs.device, obs.dtype)
+        R, B = self.restarts, obs.batch_size
+        z = torch.randn(R, B, *obs.image_shape, generator=rng).to(obs.device, obs.dtype)
 
         def match(x):
-            return self.distance(obs.simulate_rows(x, y.expand(len(x), obs.batch_size)), obs.gradient)
+            return self.distance(obs.simulate_rows(x, y.expand(len(x), B)), obs.gradient)
 
         found = minimise(
             lambda z: match(pixels.image(z)) + self.tv * total_variation(z),
@@ -57,14 +58,13 @@ class InvertingGradients:
         with torch.no_grad():
             losses = match(x)
         best = best_of(losses)
+        frames = [pixels.image(z[best].to(x)).clamp(0, 1) for (z,) in found.frames]
         return Reconstruction(
             images=x[best],
             labels=y,
             loss=losses[best].item(),
             trace=found.trace,
-            frames=pixels.image(torch.stack([z[best] for (z,) in found.frames]).to(x)).clamp(0, 1)
-            if self.frames
-            else None,
+            frames=torch.stack(frames) if frames else None,
             frame_steps=found.frame_steps,
-            gradient_evaluations=found.evaluations + self.restarts,
+            gradient_evaluations=found.evaluations + R,
         )
