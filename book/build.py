@@ -210,7 +210,7 @@ def lay_stage(stage: Path) -> None:
     `extra` is copied to the top of the site, so that ../results/NAME.jsonl works on every page.
     """
     shutil.rmtree(stage, ignore_errors=True)
-    left_out = shutil.ignore_patterns("*.ipynb", "build.py", "cells.py", "__pycache__", ".*")
+    left_out = shutil.ignore_patterns("*.ipynb", "build.py", "cells.py", "readme.py", "__pycache__", ".*")
     shutil.copytree(BOOK, stage / "book", ignore=left_out)
     for name in PAGES:
         if (REPO / name).exists():
