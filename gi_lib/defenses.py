@@ -22,7 +22,7 @@ class Defense:
 
 @dataclass(frozen=True)
 class GaussianNoise(Defense):
-    """Adds independent noise N(0, std^2) to every entry of the update (Zhu et al., NeurIPS 2019, section 5.1)."""
+    """Adds independent noise N(0, std^2) to every entry of the update (tried by Zhu et al., NeurIPS 2019)."""
 
     std: float = 1e-3
 

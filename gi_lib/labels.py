@@ -24,9 +24,9 @@ def idlg(obs: Observation) -> Labels:
     """The label of one image, exactly (Zhao et al., arXiv:2001.02610).
 
     With cross-entropy, dL/db_k = p_k - [k = y] is negative at the label alone. Without a bias, row k of dL/dW is
-    (p_k - [k = y]) a, so that the label's row has a negative inner product with every other row (their
-    equation 4). With two classes and no bias the two rows are opposite and the signs cannot tell them apart;
-    the features must then be non-negative (ReLU, sigmoid), and the row with the negative sum is the label's.
+    (p_k - [k = y]) a, so that the label's row has a negative inner product with every other row. With two classes
+    and no bias the two rows are opposite and the signs cannot tell them apart; the features must then be
+    non-negative (ReLU, sigmoid), and the row with the negative sum is the label's.
 
     Raises:
         ValueError: the batch has more than one image.
@@ -47,7 +47,7 @@ def idlg(obs: Observation) -> Labels:
 
 
 def column_min(obs: Observation) -> Labels:
-    """The B labels of a batch without repeats, in ascending order (Yin et al., CVPR 2021, arXiv:2104.07586, eq. 7).
+    """The B labels of a batch without repeats, in ascending order (Yin et al., CVPR 2021, arXiv:2104.07586).
 
     Non-negative features make dL/dW_k negative in some column only where class k is present: the B rows with
     the smallest minimum are taken. Repeated labels are missed, and signed features break the rule.

@@ -8,8 +8,7 @@ piecewise linear network (ReLU) has almost nowhere.
 
 Needs: the batch size. With known labels only x is sought.
 Departs from the paper: restarts are stacked and the one with the smallest loss is returned; images
-are clipped to [0, 1] at the end. The paper leaves the steps open; 300 steps of 20 iterations are
-its public code's.
+are clipped to [0, 1] at the end. Settings are those of the authors' public code.
 """
 
 import warnings
@@ -31,7 +30,7 @@ class DLG:
     needs: ClassVar[tuple[str, ...]] = ("update", "batch_size")
 
     steps: int = 300  # public code; each of up to max_iter iterations
-    lr: float = 1.0  # section 4.1
+    lr: float = 1.0  # torch's default, as in the public code
     max_iter: int = 20  # torch's default, as in the public code
     history: int = 100  # torch's default, as in the public code
     restarts: int = 1
