@@ -30,6 +30,9 @@ CHAPTERS := $(PROFILE) --device "$(DEVICE)" --data-root "$(DATA_ROOT)" --seed $(
 
 # One thread a process: two to three times faster than the default on the small networks of the chapters.
 export OMP_NUM_THREADS ?= 1
+# glibc gives a large block back to the system when it is freed, and every iteration faults its pages in again.
+export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
+export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 
 .PHONY: book test lint serve clean repository cells
 .DELETE_ON_ERROR:

@@ -157,7 +157,7 @@ def attack(
         threat=ThreatModel(knows_labels=labels, knows_training_details=local_steps is not None),
         update=fedsgd if local_steps is None else FedAvg(local_steps, local_lr),
     )
-    record, (truth, images) = bench.attempt(case, root, provenance.choose_device(device))
+    [(record, (truth, images))] = bench.attempt([case], root, provenance.choose_device(device))
     results.write_picture(out, truth, images, zoom=max(1, 128 // truth.shape[-1]))
     lpips = "missing" if record["lpips"] is None else f"{_mean(record['lpips']):.3f}"
     print(f"{record['attack_text']}\non {model}, {weights or 'untrained'}; {dataset} {list(case.indices)}")
@@ -193,6 +193,7 @@ def run(
     study: Annotated[Path, typer.Argument(help="A Python file with a list CASES.")],
     out: Annotated[Path, typer.Option(help="Folder for NAME.jsonl and the pictures.")] = Path("results"),
     workers: Annotated[int, typer.Option(min=1, help="Processes; each has one thread if there are more.")] = 1,
+    together: Annotated[int, typer.Option(min=1, help="Cases of one network to stack, where the attack can.")] = 1,
     root: Root = None,
     device: Device = None,
 ) -> None:
@@ -208,10 +209,10 @@ def run(
     path = out / f"{study.stem}.jsonl"
     try:
         if workers == 1:
-            records = bench.run(cases, path, root=root, device=device)
+            records = bench.run(cases, path, together=together, root=root, device=device)
         else:
             with bench.pool(workers) as executor:
-                records = bench.run(cases, path, executor=executor, root=root, device=device)
+                records = bench.run(cases, path, executor=executor, together=together, root=root, device=device)
     except KeyboardInterrupt:
         kept = sum(row["status"] == "ok" for row in results.rows(path)) if path.exists() else 0
         _complain(f"interrupted; {kept} finished cases are kept in {path}, the same command goes on from there")

@@ -4,6 +4,7 @@
 """
 
 import copy
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,11 @@ def fedsgd(model: nn.Module, images: Tensor, labels: Tensor) -> Gradient:
     Returns:
         One tensor for each trainable parameter, differentiable in images and labels.
     """
-    return _loss_gradient(model, _parameters(model), images, labels)
+    if torch._C._functorch.is_functorch_wrapped_tensor(images):
+        return _loss_gradient(model, _parameters(model), images, labels)
+    theta = _parameters(model)
+    loss = F.cross_entropy(model(images), labels)
+    return dict(zip(theta, torch.autograd.grad(loss, list(theta.values()), create_graph=True), strict=True))
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,14 @@ class FedAvg:
         return total
 
 
+_SWAPPED_PARAMETERS = threading.Lock()
+"""functional_call swaps the parameters of the one module in place: one thread at a time."""
+
+
 def _parameters(model: nn.Module) -> Gradient:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Name -> trainable parameter; listed once where the model is an attacker's copy."""
+    listed = getattr(model, "listed_parameters", None)
+    return listed or {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _loss_gradient(model: nn.Module, theta: Gradient, images: Tensor, labels: Tensor) -> Gradient:
@@ -78,7 +89,9 @@ def _loss_gradient(model: nn.Module, theta: Gradient, images: Tensor, labels: Te
     """
 
     def loss(parameters):
-        return F.cross_entropy(functional_call(model, parameters, (images,)), labels)
+        with _SWAPPED_PARAMETERS:
+            logits = functional_call(model, parameters, (images,))
+        return F.cross_entropy(logits, labels)
 
     if torch._C._functorch.is_functorch_wrapped_tensor(images):
         return torch.func.grad(loss)(theta)
@@ -219,6 +232,7 @@ def attackers_copy(model: nn.Module) -> nn.Module:
                 setattr(parent, name, _BatchNorm(child))
             elif getattr(child, "inplace", False):
                 child.inplace = False  # type: ignore[assignment]
+    model.listed_parameters = _parameters(model)  # type: ignore[assignment]
     return model
 
 

@@ -5,6 +5,7 @@ feasible in place after a step.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -34,12 +35,17 @@ class Pixels:
         return (x - self.mean) / self.std
 
     def image(self, z: Tensor) -> Tensor:
-        return self.mean + self.std * z
+        mean, std = (torch.as_tensor(c, dtype=z.dtype, device=z.device) for c in (self.mean, self.std))
+        return torch.addcmul(mean, std, z)
 
     def project(self, z: Tensor) -> None:
         if self.boxed:
-            low, high = (torch.as_tensor((edge - self.mean) / self.std, device=z.device) for edge in (0.0, 1.0))
-            z.clamp_(low, high)
+            z.clamp_(*self._box)
+
+    @cached_property
+    def _box(self) -> tuple[Tensor, Tensor]:
+        low, high = ((edge - torch.as_tensor(self.mean)) / self.std for edge in (0.0, 1.0))
+        return low, high
 
 
 @dataclass(frozen=True)

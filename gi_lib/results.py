@@ -62,7 +62,9 @@ class Record(TypedDict):
     restart_losses: list[float | None] | None
     """Loss of every restart before its last step; null where it was not finite."""
     seconds: float | None
-    """Wall time of the attack."""
+    """Wall time of the attack; for cases that ran together, its even share."""
+    together: int | None
+    """Cases that ran as one stacked problem, this one included."""
     steps: int | None
     restarts: int
     gradient_evaluations: int | None
@@ -70,6 +72,8 @@ class Record(TypedDict):
     """Median wall time of one forward and backward pass of the same model and batch in the same process."""
     training_steps: float | None
     """The cost of the attack in training steps: seconds / training_step_seconds."""
+    evaluation_training_steps: float | None
+    """The same for one iteration of one restart: training_steps / gradient_evaluations."""
     peak_memory_mb: float | None
     """On a GPU of this attack; on a CPU the high-water mark of the process so far."""
     device: str

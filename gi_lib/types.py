@@ -20,6 +20,10 @@ Labels = Int[Tensor, "B"]
 Rows = Float[Tensor, "R"]
 
 
+STACKED_ENTRIES = 2**22
+"""Entries of the stacked gradient (16 MiB in float32) up to which stacking rows pays on a processor."""
+
+
 class WithheldError(ValueError):
     """An attack needs something that the threat model withholds."""
 
@@ -131,6 +135,17 @@ class Observation:
     def dtype(self) -> torch.dtype:
         return next(iter(self.gradient.values())).dtype
 
+    @property
+    def at_once(self) -> int:
+        """How many guesses `simulate_rows` computes best in one call.
+
+        On a processor stacking saves calls while a row is small, and loses to memory traffic and grouped
+        convolutions when it is not: rows are stacked up to STACKED_ENTRIES of gradient. A GPU takes them all.
+        """
+        if self.device.type != "cpu":
+            return 2**31
+        return max(1, STACKED_ENTRIES // sum(g.numel() for g in self.gradient.values()))
+
     def need(self, attack: object, *names: Literal["update", "batch_size", "labels", "bn_stats"]) -> None:
         """Raise WithheldError unless every named field is there."""
         for name in names:
@@ -155,7 +170,7 @@ class Observation:
         Every entry of the result has a leading axis R. One row runs without vmap, which is cheaper.
         """
         if len(images) == 1:
-            return {name: g.unsqueeze(0) for name, g in self.simulate(images[0], labels[0]).items()}
+            return {name: g.unsqueeze(0) for name, g in self.simulate(images.squeeze(0), labels[0]).items()}
         try:
             return torch.func.vmap(self.simulate, randomness="different")(images, labels)
         except torch.OutOfMemoryError:

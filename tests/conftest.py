@@ -6,7 +6,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Not gi_lib.data and the command line: they answer wrong types with messages of their own, which are tested.
-CHECKED = ["types", "federated", "matching", "priors", "parametrisations", "labels", "optimise", "attacks", "defenses"]
+CHECKED = ["types", "federated", "matching", "priors", "parametrisations", "labels", "execution", "optimise", "targets"]
+CHECKED += ["attacks", "defenses"]
 install_import_hook([f"gi_lib.{name}" for name in CHECKED], "beartype.beartype")
 
 import torch  # noqa: E402

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from gi_lib import FedAvg, ThreatModel, WithheldError, data, evaluate, models, observe
+from gi_lib import Batch, FedAvg, ThreatModel, WithheldError, data, evaluate, models, observe
 from gi_lib.attacks import ATTACKS, DLG, InvertingGradients
 from gi_lib.matching import cosine
 
@@ -81,6 +81,41 @@ def test_fedavg_is_attacked_by_the_same_code(contract, client, rng):
     attack, name = contract
     obs, _ = client(name, 2, (3, 12, 12), update=FedAvg(2, lr=0.01), knows_training_details=True)
     assert attack(obs, rng).images.shape == (2, 3, 12, 12)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_several_observations_together_are_as_each_alone(contract, rng, known):
+    attack, name = contract
+    name = "lenet" if name == "convnet" else name  # the wide network takes its time in float64
+    model = models.build(name, num_classes=4, image_shape=(3, 12, 12)).double()
+    batches = [Batch(torch.rand(2, 3, 12, 12, generator=rng), torch.tensor([k, k + 1])) for k in range(3)]
+    observations = [observe(model, b, threat=ThreatModel(knows_labels=known), rng=rng) for b in batches]
+    together = attack.many(observations, [torch.Generator().manual_seed(k) for k in range(3)])
+    for k, rec in enumerate(together):
+        alone = attack(observations[k], torch.Generator().manual_seed(k))
+        torch.testing.assert_close(rec.images, alone.images, rtol=0, atol=1e-6)
+        torch.testing.assert_close(rec.trace, alone.trace, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(rec.frames, alone.frames, rtol=0, atol=1e-6)
+        assert torch.equal(rec.labels, alone.labels) and rec.loss == pytest.approx(alone.loss, rel=1e-6)
+        assert rec.gradient_evaluations == alone.gradient_evaluations
+
+
+def test_observations_that_do_not_go_together_are_refused(contract, client):
+    attack, name = contract
+    obs, _ = client(name, 2, (3, 12, 12))
+    rngs = [torch.Generator(), torch.Generator()]
+    for other, fact in (
+        (client(name, 1, (3, 12, 12))[0], "batch_size"),
+        (client(name, 2, (3, 12, 12), knows_labels=True)[0], "labels"),
+        (client(name, 2, (3, 12, 12), num_classes=5)[0], "num_classes, model"),
+        (client(name, 2, (3, 12, 12), train=True)[0], "model"),
+    ):
+        if fact == "model" and name == "lenet":
+            continue  # without batch norm, training or not is the same
+        with pytest.raises(ValueError, match=f"together differ in {fact}; attack them apart"):
+            attack.many([obs, other], rngs)
+    with pytest.raises(ValueError, match="got 1 observations and 2 generators"):
+        attack.many([obs], rngs)
 
 
 @pytest.mark.parametrize("field", ["batch_size", "update"])

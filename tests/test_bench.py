@@ -54,7 +54,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     first = run(CASES[:2], out)
     ran = []
     measure = bench.measure
-    monkeypatch.setattr(bench, "measure", lambda case, *rest: ran.append(case) or measure(case, *rest))
+    monkeypatch.setattr(bench, "measure", lambda cases, *rest: ran.extend(cases) or measure(cases, *rest))
     rows = run([*CASES[1:3], *CASES[:1], CASES[2]], out)
     assert ran == [CASES[2]]
     assert [row["key"] for row in rows] == [key(CASES[i]) for i in (1, 2, 0)]
@@ -132,7 +132,27 @@ def test_a_worker_s_full_disk_is_not_a_failed_case(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench.data, "load", full)
     with pytest.raises(OSError, match="No space left"):
-        bench.measure(TINY, None, "cpu")
+        bench.measure([TINY], None, "cpu")
+
+
+def test_cases_that_run_together_give_the_same_records(tmp_path):
+    cases = [*CASES, dataclasses.replace(TINY, seed=1), dataclasses.replace(TINY, indices=(0, 1))]
+    assert [len(group) for group in bench.groups(cases, 3)] == [3, 1, 1, 1]
+    alone = run(cases, tmp_path / "alone.jsonl")
+    stacked = run(cases, tmp_path / "stacked.jsonl", together=3)
+    assert [row["together"] for row in stacked] == [3, 3, 3, 1, 1, 1]
+    assert [row["key"] for row in stacked] == [row["key"] for row in alone]
+    for one, other in zip(alone, stacked, strict=True):
+        assert one["data_hash"] == other["data_hash"] and one["gradient_evaluations"] == other["gradient_evaluations"]
+        assert other["psnr"] == pytest.approx(one["psnr"], rel=1e-3)
+        assert other["seconds"] > 0 and other["evaluation_training_steps"] > 0
+
+
+def test_a_failure_of_one_that_runs_with_others_is_its_own(tmp_path):
+    cases = [*CASES[:2], dataclasses.replace(TINY, indices=(10**6,))]
+    rows = run(cases, tmp_path / "s.jsonl", together=3)
+    assert [row["status"] for row in rows] == ["ok", "ok", "failed"]
+    assert [row["together"] for row in rows] == [1, 1, None]
 
 
 def test_processes_give_the_same_records(tmp_path):

@@ -12,6 +12,7 @@ are clipped to [0, 1] at the end. Settings are those of the authors' public code
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +20,8 @@ import torch
 from torch import nn
 
 from gi_lib.matching import squared_l2
-from gi_lib.optimise import best_of, lbfgs, minimise
+from gi_lib.optimise import lbfgs, minimise
+from gi_lib.targets import Targets
 from gi_lib.types import Observation, Reconstruction
 
 _PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.Hardtanh)
@@ -37,41 +39,37 @@ class DLG:
     frames: int = 0  # snapshots kept for a slider
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
-        obs.need(self, *self.needs)
+        return self.many([obs], [rng])[0]
+
+    def many(self, observations: Sequence[Observation], rngs: Sequence[torch.Generator]) -> list[Reconstruction]:
+        """Attack several observations of the same model in one loop."""
+        targets, obs = Targets(self, observations, rngs), observations[0]
         if any(isinstance(layer, _PIECEWISE_LINEAR) for layer in obs.model.modules()):
             warnings.warn(
                 "DLG needs second derivatives of the model, and its ReLU-like layers have none almost"
                 " everywhere: it may stall or blow up; use InvertingGradients, or a smooth activation",
-                stacklevel=2,
+                stacklevel=3,
             )
-        R, B, K = self.restarts, obs.batch_size, obs.num_classes
-        x = torch.randn(R, B, *obs.image_shape, generator=rng).to(obs.device, obs.dtype)
-        y = torch.randn(R, B, K, generator=rng).to(obs.device, obs.dtype)
-        known = obs.labels
+        known = [each.labels for each in observations if each.labels is not None]
+        x = targets.normal(obs.batch_size, *obs.image_shape)
+        y = targets.rows(known) if known else targets.normal(obs.batch_size, obs.num_classes)
 
-        def loss(x, y=None):
-            target = y.softmax(-1) if known is None else known.expand(len(x), B)
-            return squared_l2(obs.simulate_rows(x, target), obs.gradient)
+        def loss(x, y, target):
+            g = obs.simulate_rows(x, y if known else y.softmax(-1))
+            return squared_l2(g, targets.gradient(target))
 
         found = minimise(
             loss,
-            [x, y] if known is None else [x],
+            [x] if known else [x, y],
+            constants=[y, targets.index] if known else [targets.index],
             optimiser=lbfgs(self.lr, max_iter=self.max_iter, history=self.history),
             steps=self.steps,
+            rank=lambda x, *row: loss(x.clamp(0, 1), *row),
             frames=self.frames,
+            at_once=obs.at_once,
         )
-        x, *y = found.variables
-        x = x.clamp(0, 1)
-        with torch.no_grad():
-            losses = loss(x, *y)
-        best = best_of(losses)
-        frames = [frame[0][best].clamp(0, 1) for frame in found.frames]
-        return Reconstruction(
-            images=x[best],
-            labels=y[0][best].argmax(-1) if y else known,
-            loss=losses[best].item(),
-            trace=found.trace,
-            frames=torch.stack(frames) if frames else None,
-            frame_steps=found.frame_steps,
-            gradient_evaluations=found.evaluations + R,
+        return targets.reconstructions(
+            found,
+            lambda x: x.clamp(0, 1),
+            lambda row, *variables: y[row] if known else variables[1].argmax(-1),
         )

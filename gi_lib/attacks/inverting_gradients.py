@@ -11,6 +11,7 @@ Departs from the paper: restarts are stacked instead of run one after another, a
 4,800 steps; the authors run up to 24,000.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,10 +19,11 @@ import torch
 
 from gi_lib import labels
 from gi_lib.matching import Distance, cosine
-from gi_lib.optimise import adam, best_of, minimise
+from gi_lib.optimise import adam, minimise
 from gi_lib.parametrisations import Pixels
 from gi_lib.priors import total_variation
-from gi_lib.types import Observation, Reconstruction
+from gi_lib.targets import Targets
+from gi_lib.types import Labels, Observation, Reconstruction
 
 
 @dataclass(frozen=True)
@@ -36,36 +38,33 @@ class InvertingGradients:
     frames: int = 0  # snapshots kept for a slider
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
-        obs.need(self, *self.needs)
-        y = obs.labels
-        if y is None:
-            y = labels.idlg(obs) if obs.batch_size == 1 else labels.column_min(obs)
-        pixels = Pixels(obs.model.mean, obs.model.std)
-        R, B = self.restarts, obs.batch_size
-        z = torch.randn(R, B, *obs.image_shape, generator=rng).to(obs.device, obs.dtype)
+        return self.many([obs], [rng])[0]
 
-        def match(x):
-            return self.distance(obs.simulate_rows(x, y.expand(len(x), B)), obs.gradient)
+    def many(self, observations: Sequence[Observation], rngs: Sequence[torch.Generator]) -> list[Reconstruction]:
+        """Attack several observations of the same model in one loop."""
+        targets, obs = Targets(self, observations, rngs), observations[0]
+        y = targets.rows([_labels(each) for each in observations])
+        z = targets.normal(obs.batch_size, *obs.image_shape)
+        pixels = Pixels(obs.model.mean, obs.model.std)
+
+        def match(x, y, target):
+            return self.distance(obs.simulate_rows(x, y), targets.gradient(target))
 
         found = minimise(
-            lambda z: match(pixels.image(z)) + self.tv * total_variation(z),
+            lambda z, *row: match(pixels.image(z), *row) + self.tv * total_variation(z),
             [z],
+            constants=[y, targets.index],
             optimiser=adam(self.lr, signed=True, drops=(3 / 8, 5 / 8, 7 / 8)),
             steps=self.steps,
             project=pixels.project,
+            rank=lambda z, *row: match(pixels.image(z).clamp(0, 1), *row),
             frames=self.frames,
+            at_once=obs.at_once,
         )
-        x = pixels.image(found.variables[0]).clamp(0, 1)
-        with torch.no_grad():
-            losses = match(x)
-        best = best_of(losses)
-        frames = [pixels.image(z[best].to(x)).clamp(0, 1) for (z,) in found.frames]
-        return Reconstruction(
-            images=x[best],
-            labels=y,
-            loss=losses[best].item(),
-            trace=found.trace,
-            frames=torch.stack(frames) if frames else None,
-            frame_steps=found.frame_steps,
-            gradient_evaluations=found.evaluations + R,
-        )
+        return targets.reconstructions(found, lambda z: pixels.image(z).clamp(0, 1), lambda row, z: y[row])
+
+
+def _labels(obs: Observation) -> Labels:
+    if obs.labels is not None:
+        return obs.labels
+    return labels.idlg(obs) if obs.batch_size == 1 else labels.column_min(obs)

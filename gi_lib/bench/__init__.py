@@ -49,6 +49,7 @@ def run(
     out: Path,
     *,
     executor: Executor | None = None,
+    together: int = 1,
     root: Path | None = None,
     device: str | None = None,
 ) -> list[Record]:
@@ -61,6 +62,8 @@ def run(
         cases: those with equal keys are run once.
         out: results/<study>.jsonl; the pictures go to results/<study>/<key>.png.
         executor: where cases run, such as `pool(2)`; None runs them one after another in this process.
+        together: cases of the same network that run as one stacked problem, at most, where the attack can
+            (`many`). It is faster on small networks and on a GPU.
         root: the data root; None as in `data.root`.
         device: None takes a GPU where there is one.
 
@@ -80,7 +83,7 @@ def run(
     device, commit = provenance.choose_device(device), provenance.commit()
     data.root(root)  # a data root that is not there fails now, not once a case
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=out.stem, unit="case", disable=None)
-    with bar, contextlib.closing(_measure_all(todo, executor, root, device)) as finished:
+    with bar, contextlib.closing(_measure_all(groups(todo, together), executor, root, device)) as finished:
         for record, picture in finished:
             record["commit"] = commit
             try:
@@ -102,17 +105,27 @@ def run(
 Measured = tuple[Record, tuple[Images, Images] | None]
 
 
+def groups(cases: Sequence[Case], size: int) -> list[list[Case]]:
+    """Cases that can run as one, up to `size` of them: they differ in their images alone, and not in their number."""
+    alike: dict[str, list[Case]] = {}
+    for case in cases:
+        can = hasattr(case.attack, "many")
+        same = text(dataclasses.replace(case, indices=(0,) * len(case.indices))) if can else key(case)
+        alike.setdefault(same, []).append(case)
+    return [some[i : i + size] for some in alike.values() for i in range(0, len(some), size)]
+
+
 def _measure_all(
-    cases: Sequence[Case], executor: Executor | None, root: Path | None, device: str
+    groups: Sequence[Sequence[Case]], executor: Executor | None, root: Path | None, device: str
 ) -> Iterator[Measured]:
     if executor is None:
-        for case in cases:
-            yield measure(case, root, device)
+        for cases in groups:
+            yield from measure(cases, root, device)
         return
-    futures = [executor.submit(measure, case, root, device) for case in cases]
+    futures = [executor.submit(measure, cases, root, device) for cases in groups]
     try:
         for future in as_completed(futures):
-            yield future.result()
+            yield from future.result()
     except BrokenExecutor as error:
         raise RuntimeError(
             "a worker process died, most often because memory ran out; what is done is kept. Run the study"
@@ -128,41 +141,64 @@ def _measure_all(
             future.cancel()
 
 
-def measure(case: Case, root: Path | None, device: str) -> Measured:
-    """Run one case. Returns its record, without the commit, and the true and reconstructed images."""
+def measure(cases: Sequence[Case], root: Path | None, device: str) -> list[Measured]:
+    """Run cases that go together; where that fails, each alone, so that every failure is of one case.
+
+    Returns:
+        Their records, without the commit, and the true and reconstructed images.
+    """
     try:
-        return attempt(case, root, device)
+        return attempt(cases, root, device)
     except Exception as error:  # a failure of any kind is the result of its case
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        return {**_begin(case, device), "status": "failed", "error": f"{type(error).__name__}: {error}"}, None
+        if len(cases) > 1:
+            return [measured for case in cases for measured in measure([case], root, device)]
+        failed = {**_begin(cases[0], device), "status": "failed", "error": f"{type(error).__name__}: {error}"}
+        return [(failed, None)]
 
 
-def attempt(case: Case, root: Path | None, device: str) -> Measured:
+def attempt(cases: Sequence[Case], root: Path | None, device: str) -> list[Measured]:
     """`measure`, but a failure raises what it raised."""
-    record = _begin(case, device)
-    dataset = data.load(case.dataset, split=case.split, size=case.size, root=root)
-    batch = dataset.batch(case.indices)
-    record["data_hash"] = dataset.hash(case.indices)
-    model = network(case, dataset, root).to(device)
-    client = torch.Generator().manual_seed(case.seed + CLIENT_STREAM)
-    attacker = torch.Generator().manual_seed(case.seed + ATTACK_STREAM)
-    obs = observe(model, batch, update=case.update, threat=case.threat, defense=case.defense, rng=client)
+    first, records = cases[0], [_begin(case, device) for case in cases]
+    dataset = data.load(first.dataset, split=first.split, size=first.size, root=root)
+    batches = [dataset.batch(case.indices) for case in cases]
+    model = network(first, dataset, root).to(device)
+    observations, rngs = [], []
+    for case, batch in zip(cases, batches, strict=True):
+        client = torch.Generator().manual_seed(case.seed + CLIENT_STREAM)
+        setting = {"update": case.update, "threat": case.threat, "defense": case.defense}
+        observations.append(observe(model, batch, **setting, rng=client))
+        rngs.append(torch.Generator().manual_seed(case.seed + ATTACK_STREAM))
     reset_peak(device)
     start = time.perf_counter()
-    rec = case.attack(obs, attacker)
+    if len(cases) == 1:
+        found = [first.attack(observations[0], rngs[0])]
+    else:
+        found = first.attack.many(observations, rngs)  # type: ignore[attr-defined]
     wait(device)
-    record["seconds"] = time.perf_counter() - start
-    record["peak_memory_mb"] = peak_mb(device)
-    record["training_step_seconds"] = training_step_seconds(model, batch, device)
-    record["training_steps"] = record["seconds"] / record["training_step_seconds"]
-    rec = dataclasses.replace(rec, images=rec.images.cpu(), labels=rec.labels.cpu())
-    scores = metrics.evaluate(rec, batch, root=root)
-    record |= _scores(scores)
-    record["loss"] = rec.loss if math.isfinite(rec.loss) else None
-    record["restart_losses"] = [value if math.isfinite(value) else None for value in rec.trace[-1].tolist()]
-    record["steps"], record["gradient_evaluations"] = rec.steps, rec.gradient_evaluations
-    return record, (batch.images, rec.images[scores.permutation])
+    seconds, peak = (time.perf_counter() - start) / len(cases), peak_mb(device)
+    step_seconds = training_step_seconds(model, batches[0], device)
+    measured = []
+    for case, batch, rec, record in zip(cases, batches, found, records, strict=True):
+        rec = dataclasses.replace(rec, images=rec.images.cpu(), labels=rec.labels.cpu())
+        scores = metrics.evaluate(rec, batch, root=root)
+        record |= {
+            "data_hash": dataset.hash(case.indices),
+            "together": len(cases),
+            "seconds": seconds,
+            "peak_memory_mb": peak,
+            "training_step_seconds": step_seconds,
+            "training_steps": seconds / step_seconds,
+            **_scores(scores),
+            "loss": rec.loss if math.isfinite(rec.loss) else None,
+            "restart_losses": [value if math.isfinite(value) else None for value in rec.trace[-1].tolist()],
+            "steps": rec.steps,
+            "gradient_evaluations": rec.gradient_evaluations,
+            "evaluation_training_steps": seconds / step_seconds / rec.gradient_evaluations,
+        }
+        measured.append((record, (batch.images, rec.images[scores.permutation])))
+    return measured
 
 
 def _scores(scores: Scores) -> dict:
