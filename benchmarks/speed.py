@@ -31,6 +31,7 @@ from gi_lib.bench.cost import peak_mb, reset_peak, training_step_seconds, wait
 from gi_lib.execution import Evaluator
 from gi_lib.matching import squared_l2
 from gi_lib.parametrisations import Pixels
+from gi_lib.types import nearest
 
 OUT = Path(__file__).with_name("speed.jsonl")
 RESTARTS = (1, 4, 16, 64)
@@ -187,6 +188,9 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    for name in options.fixtures:
+        if name not in (known_names := {f.name for f in FIXTURES}):
+            parser.error(nearest(name, known_names, "fixture"))
     device = provenance.choose_device(options.device)
     wanted = [f for f in FIXTURES if not options.fixtures or f.name in options.fixtures]
     known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []

@@ -4,8 +4,8 @@
     python book/build.py copies --profile smoke    # ROOT/_build/nbval: chapters with parameters, not executed
 
 Sources stay as they are. ROOT/_build/executed holds one executed notebook a chapter and what it cost; ROOT/_build/stage
-is the tree that jupyter-book reads. A chapter is executed again when its source, its parameters, gi_lib, experiments/,
-results/ or an installed package has changed; the site is built again when anything staged has.
+is the tree that jupyter-book reads. A chapter is executed again when its source, its parameters, gi_lib/, experiments/,
+results/, benchmarks/ or an installed package has changed; the site is built again when anything staged has.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import cells
 
 REPO = cells.ROOT
 BOOK = REPO / "book"
-SHARED = (REPO / "gi_lib", REPO / "experiments", REPO / "results")  # what chapters read, beside book/
+SHARED = tuple(REPO / name for name in ("gi_lib", "experiments", "results", "benchmarks"))  # what chapters read
 PAGES = ("_config.yml", "_toc.yml", "CHANGELOG.md", "CONTRIBUTING.md")
 TAIL = 25  # lines of a traceback or log that are shown
 ANSI = re.compile(r"\x1b\[[0-9;]*m")

@@ -25,18 +25,19 @@ JOINED_ENTRIES = 2**16
 
 def pieces(simulated: Gradient, observed: Gradient) -> list[tuple[Float[Tensor, "R n"], Float[Tensor, "Q n"]]]:
     """Both gradients as few matrices with one row a guess: g' cut in pieces, and the same of g, Q = R or 1."""
-    stacked = {name: g if g.ndim == simulated[name].ndim else g.unsqueeze(0) for name, g in observed.items()}
-    small = [name for name, g in stacked.items() if g[0].numel() < JOINED_ENTRIES]
-    parts = [(simulated[name].flatten(1), g.flatten(1)) for name, g in stacked.items() if name not in small]
+    rows = {name: g.reshape(len(g), -1) for name, g in simulated.items()}
+    own = all(observed[name].ndim == g.ndim for name, g in simulated.items())
+    targets = {name: observed[name].reshape(len(a) if own else 1, -1) for name, a in rows.items()}
+    small = [name for name, a in rows.items() if a.shape[1] < JOINED_ENTRIES]
+    parts = [(a, targets[name]) for name, a in rows.items() if a.shape[1] >= JOINED_ENTRIES]
     if small:
-        a, b = (torch.cat([g[name].flatten(1) for name in small], dim=1) for g in (simulated, stacked))
-        parts.append((a, b))
+        parts.append((torch.cat([rows[name] for name in small], 1), torch.cat([targets[name] for name in small], 1)))
     return parts
 
 
 def squared_l2(simulated: Gradient, observed: Gradient) -> Rows:
     """D = sum_i (g'_i - g_i)^2 over all parameters (Zhu et al., NeurIPS 2019)."""
-    return reduce(add, ((a - b).square().sum(1) for a, b in pieces(simulated, observed)))
+    return torch.stack([(a - b).square().sum(1) for a, b in pieces(simulated, observed)]).sum(0)
 
 
 def cosine(simulated: Gradient, observed: Gradient) -> Rows:

@@ -28,6 +28,7 @@ __all__ = [
     "Figure",
     "Html",
     "compare",
+    "curves",
     "losses",
     "picture_grid",
     "provenance",
@@ -149,6 +150,28 @@ def quality_against_time(frame: pd.DataFrame, by: Sequence[str] = ("attack",), c
     if said:
         axes.legend(fontsize="small", frameon=False)
     return Figure(figure, f"PSNR against {unit[clock]}. {'; '.join(said) or 'No case has run'}.")
+
+
+def curves(frame: pd.DataFrame, x: str, y: str, by: Sequence[str], labels: tuple[str, str]) -> Figure:
+    """One line a group on logarithmic axes, through its rows in the order of x.
+
+    Args:
+        frame: any table with these columns.
+        x, y: columns of positive numbers.
+        by: columns that make a group.
+        labels: what stands at the two axes.
+    """
+    figure, axes = _axes(5.2, 3.3)
+    said = []
+    styles = itertools.cycle(zip(OKABE_ITO, MARKERS, strict=True))
+    for (group, rows), (colour, marker) in zip(frame.groupby(list(by), sort=False), styles, strict=False):
+        name, rows = ", ".join(map(str, group)), rows.sort_values(x)
+        axes.plot(rows[x], rows[y], color=colour, marker=marker, linewidth=1.2, label=name)
+        first, last = rows.iloc[0], rows.iloc[-1]
+        said.append(f"{name}: {first[y]:.3g} at {first[x]:g}, {last[y]:.3g} at {last[x]:g}")
+    axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log", yscale="log")
+    axes.legend(fontsize="small", frameon=False)
+    return Figure(figure, f"{labels[1]} against {labels[0]}. {'; '.join(said)}.")
 
 
 Order = Mapping[str, Sequence]

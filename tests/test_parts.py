@@ -10,7 +10,7 @@ from gi_lib.priors import l2, total_variation
 
 
 def gradients(rows, rng):
-    shapes = {"a": (2, 3), "b": (4,)}
+    shapes = {"a": (2, 3), "b": (4,), "scale": ()}
     stacked = {name: torch.randn(rows, *shape, generator=rng) for name, shape in shapes.items()}
     single = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
     return stacked, single

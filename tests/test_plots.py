@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import torch
 
@@ -94,6 +95,13 @@ def test_quality_against_time(study):
     assert figure.alt.count(" dB at ") == 2
     assert "inverting_gradients, lenet" in figure.alt
     assert figure._repr_html_().startswith("<img")
+
+
+def test_curves_say_where_each_line_begins_and_ends():
+    frame = pd.DataFrame({"net": ["a", "a", "b", "b"], "R": [4, 1, 1, 4], "ms": [20.0, 10.0, 1.0, 2.5]})
+    figure = plots.curves(frame, "R", "ms", ["net"], ("restarts", "milliseconds"))
+    assert figure.alt == "milliseconds against restarts. a: 10 at 1, 20 at 4; b: 1 at 1, 2.5 at 4."
+    assert [line.get_label() for line in figure.figure.axes[0].lines] == ["a", "b"]
 
 
 def test_table_counts_failures_and_leaves_what_was_not_run_empty(study):
