@@ -6,13 +6,14 @@ Batch --observe(model, update, threat, defense)--> Observation --attack--> Recon
 
 from gi_lib.federated import FedAvg, ThreatModel, fedsgd, observe
 from gi_lib.metrics import evaluate
-from gi_lib.types import Batch, Observation, Reconstruction, Scores, WithheldError
+from gi_lib.types import Batch, NotApplicableError, Observation, Reconstruction, Scores, WithheldError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
     "FedAvg",
+    "NotApplicableError",
     "Observation",
     "Reconstruction",
     "Scores",

@@ -13,7 +13,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from gi_lib.types import Batch, Reconstruction, Scores
 
 Values = Float[Tensor, "B"]
 Permutation = Int[Tensor, "B"]
+Found = Bool[Tensor, "B"]
 
 PSNR_CAP = 150.0
 """The highest PSNR of one image, in dB. An exact image's is infinite and would make any mean infinite. 150 dB
@@ -100,6 +101,18 @@ def lpips(
         return None
     with torch.no_grad():
         return network(*map(_perceivable, pair), normalize=True).flatten().double()
+
+
+def identified(reconstructed: Tensor, truth: Tensor, candidates: Tensor) -> Found:
+    """Whether no candidate [N, C, H, W] is nearer to a reconstruction than its true image, by MSE.
+
+    The share of images for which it is, is the image identification precision of Yin et al. (CVPR 2021), who
+    compare features of a network in place of pixels.
+    """
+    reconstructed, truth = _pair(reconstructed, truth)
+    own = mse(reconstructed, truth)
+    others = torch.stack([(candidates.double() - image).square().flatten(1).mean(1).min() for image in reconstructed])
+    return own <= others
 
 
 def label_accuracy(predicted: Tensor, truth: Tensor) -> float:

@@ -73,6 +73,12 @@ def build(name: str, *, num_classes: int, image_shape: Shape, seed: int = 0, mea
             layer.reset_running_stats()
             nn.init.ones_(layer.weight)
             nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, _Tokens):
+            nn.init.normal_(layer.first, std=0.02, generator=rng)
+            nn.init.normal_(layer.position, std=0.02, generator=rng)
         elif isinstance(layer, nn.Conv2d | nn.Linear):
             MODELS[name].initialise(layer, rng)
     return wrap(net, mean=mean, std=std, num_classes=num_classes).eval()
@@ -115,11 +121,20 @@ def torch_default(layer: nn.Conv2d | nn.Linear, rng: torch.Generator) -> None:
 
 
 def he_fan_out(layer: nn.Conv2d | nn.Linear, rng: torch.Generator) -> None:
-    """Convolutions normal with variance 2 / fan_out (He et al., 2015), dense layers PyTorch's own; torchvision's."""
+    """Convolutions N(0, 2 / fan_out) (He et al., 2015) with biases 0, dense layers PyTorch's own; torchvision's."""
     if isinstance(layer, nn.Conv2d):
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=rng)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
     else:
         torch_default(layer, rng)
+
+
+def small_normal(layer: nn.Conv2d | nn.Linear, rng: torch.Generator) -> None:
+    """Weights N(0, 0.02^2), biases 0; class token and positions N(0, 0.02^2) too (as BERT and many transformers)."""
+    nn.init.normal_(layer.weight, std=0.02, generator=rng)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def mlp(num_classes: int, image_shape: Shape, width: int = 1024) -> nn.Module:
@@ -156,15 +171,114 @@ def convnet(num_classes: int, image_shape: Shape, width: int = 64) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(c * (h // 9) * (w // 9), num_classes))
 
 
+def cnn6(num_classes: int, image_shape: Shape) -> nn.Module:
+    """R-GAP's CNN6: six convolutions and a dense classifier without biases, LeakyReLU with slope 0.2."""
+    c, h, w = image_shape
+    layers: list[nn.Module] = []
+    for out, kernel, stride, padding in [
+        *((12, 4, 2, 2), (36, 3, 2, 1), (36, 3, 1, 1)),
+        *((36, 3, 1, 1), (64, 3, 2, 1), (128, 3, 1, 1)),
+    ]:
+        layers += [nn.Conv2d(c, out, kernel, stride, padding, bias=False), nn.LeakyReLU(0.2)]
+        c, h, w = out, (h + 2 * padding - kernel) // stride + 1, (w + 2 * padding - kernel) // stride + 1
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(c * h * w, num_classes, bias=False))
+
+
+def vgg11(num_classes: int, image_shape: Shape) -> nn.Module:
+    """torchvision's VGG-11; up to 64 px its pools round sizes up and one dense layer takes the place of three."""
+    net = torchvision.models.vgg11(num_classes=num_classes)
+    c, h, _ = image_shape
+    if c != 3:
+        net.features[0] = nn.Conv2d(c, 64, 3, padding=1)
+    if h <= 64:
+        for layer in net.features:
+            if isinstance(layer, nn.MaxPool2d):
+                layer.ceil_mode = True
+        net.avgpool, net.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, num_classes)
+    return net
+
+
 def resnet18(num_classes: int, image_shape: Shape) -> nn.Module:
     """torchvision's ResNet-18; up to 64 px its stem is one 3x3 convolution of stride 1, without a pool."""
-    net = torchvision.models.resnet18(num_classes=num_classes)
+    return _stem(torchvision.models.resnet18(num_classes=num_classes), image_shape)
+
+
+def resnet50(num_classes: int, image_shape: Shape) -> nn.Module:
+    """torchvision's ResNet-50, its stem as that of ResNet-18."""
+    return _stem(torchvision.models.resnet50(num_classes=num_classes), image_shape)
+
+
+def _stem(net: torchvision.models.ResNet, image_shape: Shape) -> nn.Module:
     c, h, _ = image_shape
     if h <= 64:
         net.conv1, net.maxpool = nn.Conv2d(c, 64, 3, padding=1, bias=False), nn.Identity()
     elif c != 3:
         net.conv1 = nn.Conv2d(c, 64, 7, stride=2, padding=3, bias=False)
     return net
+
+
+class _Tokens(nn.Module):
+    """[B, width, h, w] -> [B, 1 + h w, width]: the class token first, learned positions added."""
+
+    def __init__(self, number: int, width: int):
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(1, 1, width))
+        self.position = nn.Parameter(torch.zeros(1, 1 + number, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        return torch.cat([self.first.expand(len(x), -1, -1), x], dim=1) + self.position
+
+
+class _Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _EncoderBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), _Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class _VisionTransformer(nn.Module):
+    """The ViT of Dosovitskiy et al. (ICLR 2021), which classifies by its first token."""
+
+    def __init__(self, num_classes: int, image_shape: Shape, patch: int, width: int, depth: int, heads: int):
+        super().__init__()
+        c, h, w = image_shape
+        if h % patch or w % patch:
+            raise ValueError(
+                f"vit cuts images into patches of {patch} x {patch} pixels, which {h} x {w} is not made of"
+            )
+        self.patches = nn.Conv2d(c, width, patch, stride=patch)
+        self.tokens = _Tokens((h // patch) * (w // patch), width)
+        self.blocks = nn.Sequential(*(_EncoderBlock(width, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.tokens(self.patches(x))))[:, 0])
+
+
+def vit(num_classes: int, image_shape: Shape) -> nn.Module:
+    """A small vision transformer: width 192, 6 blocks of 3 heads, patches of 4 pixels, above 64 px of 16."""
+    patch = 4 if image_shape[1] <= 64 else 16
+    return _VisionTransformer(num_classes, image_shape, patch, width=192, depth=6, heads=3)
 
 
 class _BasicBlock(nn.Module):
@@ -227,8 +341,12 @@ class Architecture:
 MODELS = {
     "mlp": Architecture(mlp, torch_default, normalised=False),
     "lenet": Architecture(lenet, uniform_half, normalised=False),
+    "cnn6": Architecture(cnn6, torch_default, normalised=False),
     "convnet": Architecture(convnet, torch_default, normalised=True),
+    "vgg11": Architecture(vgg11, he_fan_out, normalised=True),
     "resnet18": Architecture(resnet18, he_fan_out, normalised=True),
+    "resnet50": Architecture(resnet50, he_fan_out, normalised=True),
+    "vit": Architecture(vit, small_normal, normalised=True),
     "resnet20": Architecture(resnet20, he_fan_out, normalised=True),
 }
 

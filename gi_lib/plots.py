@@ -224,10 +224,11 @@ def _interval(row: Mapping) -> str:
 
 
 _COLUMNS = {
-    "ok / n": lambda row: f"{row['ok']} / {row['n']}",
+    "ok / n": lambda row: f"{row['ok']} / {row['n']}" if row["n"] else "does not apply",
     "PSNR (dB)": _interval,
     "SSIM": lambda row: _number(row, "ssim", ".3f"),
     "LPIPS": lambda row: _number(row, "lpips", ".3f"),
+    "identified": lambda row: _number(row, "identified", ".0%"),
     "labels": lambda row: _number(row, "label_accuracy", ".0%"),
     "seconds": lambda row: _number(row, "seconds", ".3g"),
     "steps": lambda row: _number(row, "steps", ".0f"),
@@ -271,6 +272,8 @@ def picture_grid(
 
 
 def _cell(cases: pd.DataFrame, folder: Path) -> str:
+    if (cases["status"] == "not applicable").all():
+        return "does not apply"
     done = cases[cases["status"] == "ok"]
     count = f"{len(done)} / {len(cases)} ok"
     if done.empty:

@@ -26,9 +26,9 @@ class Record(TypedDict):
     key: str
     """Hash of the case's text, 12 hexadecimal digits."""
     status: str
-    """"ok" or "failed"."""
+    """"ok", "failed", or "not applicable": the attack can't be run on this model or batch."""
     error: str | None
-    """Type and message of what made it fail."""
+    """Type and message of what made it fail, or why it does not apply."""
     attack: str
     """Its name in ATTACKS."""
     attack_text: str
@@ -56,6 +56,8 @@ class Record(TypedDict):
     lpips: list[float] | None
     """Null where LPIPS could not be had; `gi score` fills it in."""
     mse: list[float] | None
+    identified: list[bool] | None
+    """Whether the true image is the nearest to its reconstruction, among up to 500 of its split."""
     label_accuracy: float | None
     loss: float | None
     """Matching loss at the returned images."""
@@ -175,8 +177,9 @@ def summarise(
         by: columns that make a group.
 
     Returns:
-        The columns of `by` and: ok and n (cases), images, psnr with psnr_low and psnr_high (95 % bootstrap
-        interval of the mean over images), ssim, lpips, label_accuracy (means), seconds, steps, training_steps
+        The columns of `by` and: ok and n (cases, without those that do not apply), images, psnr with psnr_low and
+        psnr_high (95 % bootstrap interval of the mean over images), ssim, lpips, identified, label_accuracy (means),
+        seconds, steps, training_steps
         (medians over cases). A group with an image whose LPIPS is missing has no mean LPIPS.
 
     Raises:
@@ -191,19 +194,19 @@ def summarise(
 
 
 _SUMMARY = (
-    *("ok", "n", "images", "psnr", "psnr_low", "psnr_high", "ssim", "lpips", "label_accuracy"),
+    *("ok", "n", "images", "psnr", "psnr_low", "psnr_high", "ssim", "lpips", "identified", "label_accuracy"),
     *("seconds", "steps", "training_steps"),
 )
 
 
 def _summary(cases: pd.DataFrame) -> dict[str, float]:
     done = cases[cases["status"] == "ok"]
-    scores = {name: _images(done[name]) for name in ("psnr", "ssim", "lpips")}
+    scores = {name: _images(done[name]) for name in ("psnr", "ssim", "lpips", "identified")}
     low, high = bootstrap(scores["psnr"])
     medians = {name: done[name].astype(float).median() for name in ("seconds", "steps", "training_steps")}
     return {
         "ok": len(done),
-        "n": len(cases),
+        "n": int((cases["status"] != "not applicable").sum()),
         "images": len(scores["psnr"]),
         "psnr_low": low,
         "psnr_high": high,
@@ -215,7 +218,7 @@ def _summary(cases: pd.DataFrame) -> dict[str, float]:
 
 def _images(lists: pd.Series) -> np.ndarray:
     """The values of all images; NaN for a case that has none."""
-    return np.concatenate([[], *(values if isinstance(values, list) else [np.nan] for values in lists)])
+    return np.concatenate([[], *(values if isinstance(values, list) else [np.nan] for values in lists)]).astype(float)
 
 
 def bootstrap(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:

@@ -24,7 +24,11 @@ STACKED_ENTRIES = 2**22
 """Entries of the stacked gradient (16 MiB in float32) up to which stacking rows pays on a processor."""
 
 
-class WithheldError(ValueError):
+class NotApplicableError(ValueError):
+    """An attack does not apply to this model or batch, whatever its settings."""
+
+
+class WithheldError(NotApplicableError):
     """An attack needs something that the threat model withholds."""
 
 

@@ -223,6 +223,7 @@ CHANGES = {
     "threat": ThreatModel(knows_labels=True),
     "update": FedAvg(2),
     "defense": GaussianNoise(),
+    "double": True,
     "profile": "quick",
 }
 

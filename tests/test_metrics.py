@@ -427,3 +427,10 @@ def test_lpips_by_download_equals_lpips_from_the_data_root(tmp_path, random_root
     values = metrics.lpips(*pair(), root=tmp_path)
     assert torch.equal(values, metrics.lpips(*pair(), root=random_root))
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_an_image_is_identified_when_no_candidate_is_nearer(rng):
+    pool = torch.rand(20, 1, 6, 6, generator=rng)
+    near, far = (pool[3] + 0.01).clamp(0, 1), pool[7]
+    found = metrics.identified(torch.stack([near, far, pool[5]]), pool[[3, 4, 5]], pool)
+    assert found.tolist() == [True, False, True]

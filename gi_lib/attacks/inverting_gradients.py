@@ -23,7 +23,7 @@ from gi_lib.optimise import adam, minimise
 from gi_lib.parametrisations import Pixels
 from gi_lib.priors import total_variation
 from gi_lib.targets import Targets
-from gi_lib.types import Labels, Observation, Reconstruction
+from gi_lib.types import Observation, Reconstruction
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class InvertingGradients:
     def many(self, observations: Sequence[Observation], rngs: Sequence[torch.Generator]) -> list[Reconstruction]:
         """Attack several observations of the same model in one loop."""
         targets, obs = Targets(self, observations, rngs), observations[0]
-        y = targets.rows([_labels(each) for each in observations])
+        y = targets.rows([labels.infer(each) for each in observations])
         z = targets.normal(obs.batch_size, *obs.image_shape)
         pixels = Pixels(obs.model.mean, obs.model.std)
 
@@ -62,9 +62,3 @@ class InvertingGradients:
             at_once=obs.at_once,
         )
         return targets.reconstructions(found, lambda z: pixels.image(z).clamp(0, 1), lambda row, z: y[row])
-
-
-def _labels(obs: Observation) -> Labels:
-    if obs.labels is not None:
-        return obs.labels
-    return labels.idlg(obs) if obs.batch_size == 1 else labels.column_min(obs)

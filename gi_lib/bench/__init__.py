@@ -25,7 +25,7 @@ from gi_lib.bench.cost import peak_mb, reset_peak, training_step_seconds, wait
 from gi_lib.bench.workers import pool
 from gi_lib.federated import observe
 from gi_lib.results import Record
-from gi_lib.types import Images, Scores
+from gi_lib.types import Images, NotApplicableError, Scores
 
 __all__ = [
     "PROFILES",
@@ -41,6 +41,9 @@ __all__ = [
     "text",
 ]
 
+CANDIDATES = 500
+"""Images of the split among which a reconstruction must find its original, to count as identified."""
+DONE = ("ok", "not applicable")
 ATTACK_STREAM, CLIENT_STREAM = 1_000_000, 2_000_000
 
 
@@ -55,7 +58,7 @@ def run(
 ) -> list[Record]:
     """Run what is missing of a study. Each finished case is on the disk before the next is counted.
 
-    A case whose key has an "ok" row in `out` is skipped; one whose row says "failed" is tried again. A case
+    A case whose row in `out` is "ok" or "not applicable" is skipped; one whose row says "failed" is tried again. A case
     that fails becomes a row with its error. Ctrl-C leaves what is done and gives up the rest.
 
     Args:
@@ -79,7 +82,7 @@ def run(
     out = Path(out)
     wanted = {key(case): case for case in cases}
     known = {row["key"]: row for row in results.rows(out)} if out.exists() else {}
-    todo = [case for k, case in wanted.items() if known.get(k, {}).get("status") != "ok"]
+    todo = [case for k, case in wanted.items() if known.get(k, {}).get("status") not in DONE]
     device, commit = provenance.choose_device(device), provenance.commit()
     data.root(root)  # a data root that is not there fails now, not once a case
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=out.stem, unit="case", disable=None)
@@ -154,7 +157,8 @@ def measure(cases: Sequence[Case], root: Path | None, device: str) -> list[Measu
             raise
         if len(cases) > 1:
             return [measured for case in cases for measured in measure([case], root, device)]
-        failed = {**_begin(cases[0], device), "status": "failed", "error": f"{type(error).__name__}: {error}"}
+        status = "not applicable" if isinstance(error, NotApplicableError) else "failed"
+        failed = {**_begin(cases[0], device), "status": status, "error": f"{type(error).__name__}: {error}"}
         return [(failed, None)]
 
 
@@ -163,7 +167,7 @@ def attempt(cases: Sequence[Case], root: Path | None, device: str) -> list[Measu
     first, records = cases[0], [_begin(case, device) for case in cases]
     dataset = data.load(first.dataset, split=first.split, size=first.size, root=root)
     batches = [dataset.batch(case.indices) for case in cases]
-    model = network(first, dataset, root).to(device)
+    model = network(first, dataset, root).to(device, torch.float64 if first.double else torch.float32)
     observations, rngs = [], []
     for case, batch in zip(cases, batches, strict=True):
         client = torch.Generator().manual_seed(case.seed + CLIENT_STREAM)
@@ -179,6 +183,7 @@ def attempt(cases: Sequence[Case], root: Path | None, device: str) -> list[Measu
     wait(device)
     seconds, peak = (time.perf_counter() - start) / len(cases), peak_mb(device)
     step_seconds = training_step_seconds(model, batches[0], device)
+    candidates = dataset.batch(range(min(len(dataset), CANDIDATES))).images
     measured = []
     for case, batch, rec, record in zip(cases, batches, found, records, strict=True):
         rec = dataclasses.replace(rec, images=rec.images.cpu(), labels=rec.labels.cpu())
@@ -191,6 +196,7 @@ def attempt(cases: Sequence[Case], root: Path | None, device: str) -> list[Measu
             "training_step_seconds": step_seconds,
             "training_steps": seconds / step_seconds,
             **_scores(scores),
+            "identified": metrics.identified(rec.images[scores.permutation], batch.images, candidates).tolist(),
             "loss": rec.loss if math.isfinite(rec.loss) else None,
             "restart_losses": [value if math.isfinite(value) else None for value in rec.trace[-1].tolist()],
             "steps": rec.steps,
@@ -259,7 +265,7 @@ def _begin(case: Case, device: str) -> Record:
         "batch_size": len(case.indices),
         "restarts": getattr(case.attack, "restarts", 1),
         "device": provenance.device_name(device),
-        "precision": provenance.precision(device),
+        "precision": "float64" if case.double else provenance.precision(device),
         "versions": provenance.versions(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }

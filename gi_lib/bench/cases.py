@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -45,6 +45,10 @@ PROFILES = {
 }
 
 
+LATER = {"later": True}
+"""Metadata of a field that came after the first records: at its default it is left out of the key's text."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One attack on one batch.
@@ -60,6 +64,7 @@ class Case:
         split: of the dataset.
         threat, update, defense: as in `observe`.
         profile: a key of PROFILES; it is written down, and changes nothing else of the case.
+        double: whether client and attacker compute in float64.
 
     Raises:
         ValueError: a name is unknown, the indices are empty, or the weights are another model's.
@@ -77,6 +82,7 @@ class Case:
     update: LocalUpdate = fedsgd
     defense: Defense | None = None
     profile: str = "quick"
+    double: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self):
         names = ((self.model, models.MODELS, "model"), (self.dataset, data.DATASETS, "dataset"))
@@ -95,8 +101,8 @@ class Case:
 def text(value: object, *, brief: bool = False) -> str:
     """A text that is the same in every process and on every machine, and differs where the value differs.
 
-    Dataclasses are written with all their fields, functions by module and name. `brief` leaves out fields at
-    their default and the module, for tables.
+    Dataclasses are written with all their fields, but for those LATER at their default; functions by module and
+    name. `brief` leaves out all fields at their default and the module, for tables.
 
     Raises:
         ValueError: a part has no such text, as a lambda has none.
@@ -105,7 +111,7 @@ def text(value: object, *, brief: bool = False) -> str:
         fields = [
             f"{f.name}={text(getattr(value, f.name), brief=brief)}"
             for f in dataclasses.fields(value)
-            if not (brief and getattr(value, f.name) == f.default)
+            if not ((brief or "later" in f.metadata) and getattr(value, f.name) == f.default)
         ]
         return f"{type(value).__qualname__}({', '.join(fields)})"
     if isinstance(value, tuple | list):
