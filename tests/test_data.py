@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 import torchvision
 from PIL import Image
@@ -391,6 +392,52 @@ def test_mnist_in_torchvisions_layout(tmp_path):
     assert mnist.batch([0, 1]).images.shape == (2, 1, 28, 28)
 
 
+def test_fashion_mnist_in_torchvisions_layout(tmp_path):
+    images, _ = write_idx(tmp_path / "FashionMNIST" / "raw")
+    fashion = data.load("fashion_mnist", root=tmp_path, download=False)
+    assert np.array_equal(fashion.images, images[..., None])
+    assert (fashion.origin, fashion.class_names[9]) == ("torchvision", "Ankle boot")
+
+
+def test_svhn_in_torchvisions_layout(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.SVHN, "_check_integrity", lambda self: True)  # of the real file
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
+    scipy.io.savemat(tmp_path / "test_32x32.mat", {"X": pixels, "y": np.array([[1], [10], [3], [9]])})
+    svhn = data.load("svhn", root=tmp_path, download=False)
+    assert np.array_equal(svhn.images, pixels.transpose(3, 0, 1, 2))
+    assert (svhn.labels.tolist(), svhn.class_names[0], svhn.origin) == ([1, 0, 3, 9], "0", "torchvision")
+
+
+def write_celeba(folder, images=3):
+    (folder / "img_align_celeba").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(images):
+        pixels = rng.integers(0, 256, (218, 178, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "img_align_celeba" / f"{i}.jpg")
+    rows = ["0.jpg  1 -1", "1.jpg -1  1", "2.jpg -1 -1"]
+    (folder / "list_attr_celeba.txt").write_text("\n".join(["3", "Bald Smiling", *rows]) + "\n")
+    (folder / "list_eval_partition.txt").write_text("0.jpg 0\n1.jpg 2\n2.jpg 2\n")
+
+
+def test_celeba_in_torchvisions_layout(tmp_path):
+    write_celeba(tmp_path / "celeba")
+    celeba = data.load("celeba", root=tmp_path)
+    assert (celeba.image_shape, celeba.labels.tolist(), celeba.origin) == ((3, 64, 64), [1, 0], "torchvision")
+    assert [celeba.class_names[k] for k in celeba.labels] == ["smiling", "not smiling"]
+    assert data.load("celeba", root=tmp_path, split="train", size=32).batch([0]).images.shape == (1, 3, 32, 32)
+
+
+def test_celeba_that_is_not_whole(tmp_path):
+    with pytest.raises(data.DataError, match="list_attr_celeba.txt, and CelebA can't be downloaded; put"):
+        data.load("celeba", root=tmp_path)
+    write_celeba(tmp_path / "celeba", images=2)
+    with pytest.raises(data.DataError, match=r"not whole: .*2\.jpg is missing; copy it afresh"):
+        data.load("celeba", root=tmp_path)
+    (tmp_path / "celeba" / "list_attr_celeba.txt").write_text("3\nBald Young\n")
+    with pytest.raises(data.DataError, match="lists in .* can't be read .*; copy them afresh"):
+        data.load("celeba", root=tmp_path)
+
+
 def test_a_pack_goes_before_torchvisions_layout(tmp_path):
     write_idx(tmp_path / "MNIST" / "raw")
     pack = {"images": np.zeros((3, 28, 28, 1), dtype=np.uint8), "labels": np.arange(3)}
@@ -413,7 +460,7 @@ def test_altered_files_of_torchvision(tmp_path):
         data.load("mnist", root=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100"])
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn"])
 def test_no_data_and_no_download(tmp_path, name):
     with pytest.raises(data.DataError, match=f"there is no {name}.*put {name}/test.npz.*download=True"):
         data.load(name, root=tmp_path, download=False)

@@ -18,7 +18,7 @@ import torch
 
 from gi_lib.data.embedded import digits, photos
 from gi_lib.data.images import ImageFiles, resize
-from gi_lib.data.sources import Found, read_imagenet, read_pack, read_torchvision
+from gi_lib.data.sources import Found, read_celeba, read_imagenet, read_pack, read_torchvision
 from gi_lib.data.specs import DATASETS, NAMES, DataError, Spec
 from gi_lib.types import Batch, nearest
 
@@ -174,6 +174,8 @@ def _find(name: str, split: str, size: int, folder: str | Path | None, download:
     pack = where / name / f"{split}.npz"
     if name == "imagenet":
         return read_imagenet(where / name, split, size)
+    if name == "celeba":
+        return read_celeba(where / name, split, size)
     if pack.exists():
         return read_pack(pack, DATASETS[name])
     if name == "faces":

@@ -47,22 +47,30 @@ def read_pack(path: Path, spec: Spec) -> Found:
 
 
 def read_torchvision(name: str, split: str, where: Path, download: bool) -> Found:
-    """Read torchvision's own files of mnist, cifar10 or cifar100 in `where`, downloaded if need be."""
+    """Read torchvision's own files in `where`, downloaded if need be."""
     from torchvision import datasets  # slow to import, and not needed for packs
 
-    cls = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    cls = {
+        "mnist": datasets.MNIST,
+        "fashion_mnist": datasets.FashionMNIST,
+        "cifar10": datasets.CIFAR10,
+        "cifar100": datasets.CIFAR100,
+        "svhn": datasets.SVHN,
+    }[name]
     source = _read(cls, name, split, where)
     if source is None and download:
-        _download(cls, name, where)
+        _download(cls, split, name, where)
         source = _read(cls, name, split, where)
     if source is None:
         raise DataError(
             f"there is no {name}, or no whole one, in {where}; put {name}/{split}.npz or torchvision's files"
             " there, or allow the download (download=True)"
         )
-    images, labels = np.asarray(source.data), np.asarray(source.targets, dtype=np.int64)
+    targets = source.labels if name == "svhn" else source.targets
+    images, labels = np.asarray(source.data), np.asarray(targets, dtype=np.int64)
     images = images[..., None] if images.ndim == 3 else images
-    names = tuple(source.classes)
+    images = images.transpose(0, 2, 3, 1) if name == "svhn" else images
+    names = None if name == "svhn" else tuple(source.classes)
     _check(images, labels, names, DATASETS[name], where)
     return Found(images, labels, "torchvision", names)
 
@@ -97,6 +105,30 @@ def read_imagenet(folder: Path, split: str, size: int) -> Found:
     return Found(ImageFiles(paths, size), np.array(files.targets, dtype=np.int64), "torchvision", names)
 
 
+def read_celeba(folder: Path, split: str, size: int) -> Found:
+    """torchvision's layout of CelebA: img_align_celeba, list_attr_celeba.txt and list_eval_partition.txt."""
+    try:
+        attributes = (folder / "list_attr_celeba.txt").read_text().splitlines()
+        parts = dict(line.split() for line in (folder / "list_eval_partition.txt").read_text().splitlines())
+        smiling = attributes[1].split().index("Smiling")
+        labels = {row[0]: row[1 + smiling] == "1" for row in map(str.split, attributes[2:])}
+    except FileNotFoundError as error:
+        raise DataError(
+            f"there is no {error.filename}, and CelebA can't be downloaded; put img_align_celeba,"
+            f" list_attr_celeba.txt and list_eval_partition.txt in {folder}"
+        ) from error
+    except (OSError, ValueError, IndexError) as error:
+        raise DataError(f"CelebA's lists in {folder} can't be read ({error}); copy them afresh") from error
+    wanted = {"train": "0", "test": "2"}[split]
+    names = sorted(name for name, part in parts.items() if part == wanted and name in labels)
+    paths = tuple(folder / "img_align_celeba" / name for name in names)
+    missing = [path for path in paths if not path.is_file()]
+    if missing or not paths:
+        what = f"{missing[0]} is missing" if missing else f"no image is in the {split} split"
+        raise DataError(f"CelebA in {folder} is not whole: {what}; copy it afresh")
+    return Found(ImageFiles(paths, size), np.array([labels[name] for name in names], dtype=np.int64), "torchvision")
+
+
 def _check(images: np.ndarray, labels: np.ndarray, names: tuple[str, ...] | None, spec: Spec, path: Path) -> None:
     """DataError unless the arrays are what the images and labels of this dataset must be."""
     channels, height, width = spec.image_shape
@@ -119,7 +151,7 @@ def _check(images: np.ndarray, labels: np.ndarray, names: tuple[str, ...] | None
 def _read(cls: type, name: str, split: str, where: Path) -> Any:
     """torchvision's dataset object, or None where it finds no whole dataset."""
     try:
-        return cls(where, train=split == "train", download=False)
+        return cls(where, download=False, **_split(cls, split))
     except (*UNREADABLE, AssertionError) as error:
         if isinstance(error, RuntimeError) and "not found" in str(error):  # torchvision's word for absence
             return None
@@ -129,12 +161,17 @@ def _read(cls: type, name: str, split: str, where: Path) -> Any:
         ) from error
 
 
-def _download(cls: type, name: str, where: Path) -> None:
+def _split(cls: type, split: str) -> dict[str, Any]:
+    """torchvision's way to name a split."""
+    return {"split": split} if cls.__name__ == "SVHN" else {"train": split == "train"}
+
+
+def _download(cls: type, split: str, name: str, where: Path) -> None:
     """Download into a folder beside, then move: an interrupted download is never taken for a dataset."""
     try:
         where.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=where) as staging:
-            cls(staging, train=True, download=True)
+            cls(staging, download=True, **_split(cls, split))
             for file in [path for path in Path(staging).rglob("*") if path.is_file()]:
                 target = where / file.relative_to(staging)
                 target.parent.mkdir(parents=True, exist_ok=True)
