@@ -54,8 +54,12 @@ class Evaluator:
 
     def losses(self, loss: Callable[..., Rows]) -> Rows:
         """The values [R] of another loss, without a gradient."""
-        with torch.no_grad():
-            return self._in_parts(lambda *part: [loss(*part)], slice(None))[0]
+
+        def compute(*part: Tensor) -> list[Tensor]:
+            with torch.no_grad():  # holds for the thread that says it
+                return [loss(*part)]
+
+        return self._in_parts(compute, slice(None))[0]
 
     def _in_parts(self, compute: Callable[..., list[Tensor]], rows: Tensor | slice) -> list[Tensor]:
         chosen = [v.detach()[rows] for v in (*self.variables, *self.constants)]

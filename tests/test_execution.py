@@ -90,6 +90,23 @@ def test_every_mode_gives_the_same(mode, attack, update, monkeypatch):
     torch.testing.assert_close(rec.images, expected.images, rtol=0, atol=1e-6)
     torch.testing.assert_close(rec.trace, expected.trace, rtol=1e-6, atol=1e-9)
     assert rec.gradient_evaluations == expected.gradient_evaluations
+    assert not rec.images.requires_grad and not rec.trace.requires_grad
+
+
+def test_losses_at_the_end_have_no_graph(mode):
+    obs = observed("lenet")
+    mode(obs)
+    x = torch.rand(R, B, *SHAPE).double()
+    y = obs.labels.expand(R, B)
+    found = minimise(
+        lambda x, y: cosine(obs.simulate_rows(x, y), obs.gradient),
+        [x],
+        constants=[y],
+        optimiser=adam(0.1),
+        steps=1,
+        at_once=obs.at_once,
+    )
+    assert found.losses.shape == (R,) and not found.losses.requires_grad
 
 
 def test_threads_share_the_rows_and_leave_no_trace():
