@@ -3,18 +3,20 @@
 import torch
 from torch import Tensor
 
-from gi_lib.types import Labels, Observation
+from gi_lib.types import Labels, NotApplicableError, Observation
 
 
 def last_layer(obs: Observation) -> tuple[Tensor, Tensor | None]:
     """Gradients of the classifier's last dense layer: weight [K, N] and bias [K], or None without a bias.
 
     Raises:
-        ValueError: the model does not end in a dense layer of K outputs.
+        NotApplicableError: the model does not end in a dense layer of K outputs.
     """
     weights = [(name, g) for name, g in obs.gradient.items() if g.ndim == 2 and len(g) == obs.num_classes]
     if not weights:
-        raise ValueError(f"no dense layer with {obs.num_classes} outputs in the gradient; give the labels instead")
+        raise NotApplicableError(
+            f"no dense layer with {obs.num_classes} outputs in the gradient; give the labels instead"
+        )
     name, weight = weights[-1]
     bias = obs.gradient.get(name.removesuffix("weight") + "bias")
     return weight, bias
@@ -29,10 +31,10 @@ def idlg(obs: Observation) -> Labels:
     non-negative (ReLU, sigmoid), and the row with the negative sum is the label's.
 
     Raises:
-        ValueError: the batch has more than one image.
+        NotApplicableError: the batch has more than one image.
     """
     if obs.batch_size != 1:
-        raise ValueError(
+        raise NotApplicableError(
             f"idlg infers one label from one image, got batch_size={obs.batch_size}; use labels.column_min for a batch"
         )
     weight, bias = last_layer(obs)
@@ -53,12 +55,15 @@ def column_min(obs: Observation) -> Labels:
     the smallest minimum are taken. Repeated labels are missed, and signed features break the rule.
 
     Raises:
-        ValueError: more images than classes, so that a label must repeat; or the batch size is withheld.
+        NotApplicableError: more images than classes, so that a label must repeat.
+        ValueError: the batch size is withheld.
     """
     if obs.batch_size is None:
         raise ValueError("column_min needs the batch size; observe with ThreatModel(knows_batch_size=True)")
     if obs.batch_size > obs.num_classes:
-        raise ValueError(f"column_min finds no repeats, but {obs.batch_size} images of {obs.num_classes} classes must")
+        raise NotApplicableError(
+            f"column_min finds no repeats, but {obs.batch_size} images of {obs.num_classes} classes must"
+        )
     weight, _ = last_layer(obs)
     return torch.topk(weight.min(1).values, obs.batch_size, largest=False).indices.sort().values
 
