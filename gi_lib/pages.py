@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
+from pathlib import Path
 from string import Template
 
 import pandas as pd
@@ -117,9 +118,9 @@ def provenance(frame: pd.DataFrame, study: str) -> Html:
         frame: the records that were used.
         study: its name; the line links to ../results/<study>.jsonl.
     """
+    if frame.empty:  # and perhaps no file either, to which a link could lead
+        return Html(f'<p class="provenance">Study {escape(study)}: no records</p>')
     link = f'<a href="../results/{escape(study)}.jsonl">{escape(study)}</a>'
-    if frame.empty:
-        return Html(f'<p class="provenance">Study {link}: no records</p>')
     ok = int((frame["status"] == "ok").sum())
     versions = [f"{name} {version}" for row in frame["versions"] for name, version in row.items()]
     days = sorted(datetime.fromisoformat(started).date().isoformat() for started in frame["started"])
@@ -190,3 +191,46 @@ _SLIDER = Template("""<div class="gi-slider" id="$name" style="color:inherit;mar
 })();
 </script>
 </div>""")
+
+
+EXPLORED = (
+    *("attack", "model", "dataset", "psnr", "ssim", "lpips", "label_accuracy", "status", "seconds", "steps"),
+    *("training_steps", "weights", "threat_letter", "update", "defense", "study", "key"),
+)
+"""Columns of the results explorer, in its order."""
+
+
+def explorer(frame: pd.DataFrame, folder: Path, plain: Html | str = "") -> Html:
+    """All records as data inside the page, for book/_static/explorer.js to search, filter, sort and draw.
+
+    Args:
+        frame: from `results.read`.
+        folder: where the studies' files and pictures are; only pictures that exist there are shown.
+        plain: what a reader without JavaScript sees instead.
+    """
+    rows = [_explored(row, Path(folder)) for row in frame.to_dict("records")]
+    data = {"columns": [*EXPLORED, "error", "picture"], "rows": rows}
+    # Inside <script> no "<" may stand: "</script>" would end it.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    return Html(
+        f'<div id="gi-explorer" data-results="../results/"><div class="gi-plain">{plain}</div>'
+        f'<script type="application/json">{text}</script></div>'
+    )
+
+
+def _explored(row: dict, folder: Path) -> list:
+    """The values of one record: scores are means over its images, rounded to what is shown."""
+    said: list = []
+    for column in (*EXPLORED, "error"):
+        value = row[column]
+        if isinstance(value, list):
+            numbers = [v for v in value if v is not None]
+            value = sum(numbers) / len(numbers) if numbers else None
+        if value is None or value != value:  # pandas has NaN for None
+            said.append(None)
+        elif isinstance(value, float):
+            said.append(int(value) if value.is_integer() else float(f"{value:.4g}"))
+        else:
+            said.append(value)
+    picture = row["status"] == "ok" and (folder / str(row["study"]) / f"{row['key']}.png").is_file()
+    return [*said, int(row["batch_size"]) if picture else 0]

@@ -29,6 +29,7 @@ __all__ = [
     "Html",
     "compare",
     "curves",
+    "heatmap",
     "losses",
     "picture_grid",
     "provenance",
@@ -41,6 +42,8 @@ __all__ = [
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 GROUND = "#ffffff"
+_FILLED = [{"color": c, "marker": m} for c, m in zip(OKABE_ITO, MARKERS, strict=True)]
+_STYLES = [*_FILLED, *(style | {"markerfacecolor": GROUND} for style in _FILLED)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,6 +69,10 @@ class Figure:
         return f"Figure({self.alt})"
 
 
+Order = Mapping[str, Sequence]
+"""Column -> all its values to be shown, in order, whether they were run or not."""
+
+
 def _axes(width: float, height: float):
     """A figure of inches and its axes, without pyplot: nothing global, nothing shown twice."""
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -75,6 +82,24 @@ def _axes(width: float, height: float):
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     return figure, axes
+
+
+def _panels(count: int):
+    """A figure of `count` axes with the same limits, two side by side where there are several."""
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    columns = min(2, count)
+    lines = -(-count // columns)
+    size = (5.2, 3.6) if count == 1 else (6.6, 0.9 + 1.75 * lines)
+    figure = MatplotlibFigure(figsize=size, layout="constrained", facecolor=GROUND)
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes in grid:
+        axes.set_facecolor(GROUND)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    return figure, grid
 
 
 def compare(truth: Images, reconstruction: Images, psnr: Sequence[float] | Tensor | None = None) -> Html:
@@ -124,32 +149,116 @@ def losses(trace: Float[Tensor, "steps R"], *, chosen: int | None = None) -> Fig
     return Figure(figure, f"Matching loss of {restarts} over {len(values)} steps{reached}.")
 
 
-def quality_against_time(frame: pd.DataFrame, by: Sequence[str] = ("attack",), clock: str = "training_steps") -> Figure:
+def quality_against_time(
+    frame: pd.DataFrame,
+    by: Sequence[str] = ("attack",),
+    clock: str = "training_steps",
+    panels: str | None = None,
+) -> Figure:
     """Mean PSNR with its 95 % interval against the median cost of a case, one point a group.
 
     Args:
         frame: from `results.read`.
         by: columns that make a group.
         clock: "training_steps" (comparable between machines), "seconds" or "steps".
+        panels: a column; each of its values gets a panel of its own, all with the same axes.
     """
-    figure, axes = _axes(5.2, 3.3)
-    summary = results.summarise(frame, by).dropna(subset=["psnr", clock])
-    styles = itertools.cycle(zip(OKABE_ITO, MARKERS, strict=True))
-    said = []
-    for (_, row), (colour, marker) in zip(summary.iterrows(), styles, strict=False):
-        name = ", ".join(_say(column, row[column]) for column in by)
-        interval = [[row["psnr"] - row["psnr_low"]], [row["psnr_high"] - row["psnr"]]]
-        axes.errorbar(row[clock], row["psnr"], interval, color=colour, marker=marker, capsize=3, label=name)
-        said.append(f"{name}: {row['psnr']:.1f} dB at {row[clock]:.3g}")
     unit = {
         "training_steps": "cost of a case in training steps",
         "seconds": "seconds a case",
         "steps": "steps",
-    }
-    axes.set(xlabel=unit[clock], ylabel="PSNR (dB)", xscale="log")
-    if said:
-        axes.legend(fontsize="small", frameon=False)
-    return Figure(figure, f"PSNR against {unit[clock]}. {'; '.join(said) or 'No case has run'}.")
+    }[clock]
+    parts = {"": frame} if panels is None else {str(value): part for value, part in frame.groupby(panels, sort=False)}
+    figure, grid = _panels(max(1, len(parts)))
+    styles = itertools.cycle(_STYLES)
+    looks: dict[str, dict] = {}
+    drawn, said = {}, []
+    for (title, part), axes in zip(parts.items(), grid, strict=False):
+        points = []
+        for _, row in results.summarise(part, by).dropna(subset=["psnr", clock]).iterrows():
+            name = ", ".join(_say(column, row[column]) for column in by)
+            if name not in looks:
+                looks[name] = next(styles)
+            interval = [[row["psnr"] - row["psnr_low"]], [row["psnr_high"] - row["psnr"]]]
+            drawn[name] = axes.errorbar(row[clock], row["psnr"], interval, capsize=3, linestyle="", **looks[name])
+            points.append(f"{name}: {row['psnr']:.1f} dB at {row[clock]:.3g}")
+        axes.set(xscale="log", title=title)
+        said += [(f"{title}: " if title else "") + "; ".join(points)] if points else []
+    figure.supxlabel(unit, fontsize="medium")
+    figure.supylabel("PSNR (dB)", fontsize="medium")
+    if drawn:
+        place = {"loc": "outside upper center", "ncols": 3, "fontsize": "small", "frameon": False}
+        figure.legend(list(drawn.values()), list(drawn), **place)
+    return Figure(figure, f"PSNR against {unit}. {'. '.join(said) or 'No case has run'}.")
+
+
+def heatmap(
+    frame: pd.DataFrame,
+    rows: str = "model",
+    columns: str = "dataset",
+    order: Order | None = None,
+    limits: tuple[float, float] = (5, 40),
+) -> Figure:
+    """Mean PSNR of each pair of a row and a column, with the cases that succeeded of those that ran.
+
+    A cell without a number says why: not run (white, "not run"), all failed (crossed) or does not apply (hatched).
+
+    Args:
+        frame: records of one technique, from `results.read`.
+        rows, columns: names of columns of `frame`.
+        order: all the values of them to be shown.
+        limits: PSNR in dB where the colours end; the number in the cell does not end there.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
+    shown = {c: list((order or {}).get(c) or dict.fromkeys(map(_plain, frame[c]))) for c in (rows, columns)}
+    summary = results.summarise(frame, (rows, columns)).to_dict("records")
+    found = {(_plain(row[rows]), _plain(row[columns])): row for row in summary}
+    height, width = len(shown[rows]), len(shown[columns])
+    figure, axes = _axes(1.9 + 1.05 * width, 1.1 + 0.48 * height)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    scale = ScalarMappable(Normalize(*limits), "cividis")
+    said, missing = [], 0
+    for i, down in enumerate(shown[rows]):
+        cells = []
+        for j, across in enumerate(shown[columns]):
+            text, ground, hatch = _heat(found.get((down, across)), scale)
+            axes.add_patch(
+                Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=ground, edgecolor="#999999", hatch=hatch, lw=0.6)
+            )
+            dark = sum(weight * part for weight, part in zip((0.3, 0.59, 0.11), ground, strict=False)) < 0.5
+            box = {"facecolor": GROUND, "edgecolor": "none", "pad": 1.2} if hatch else None
+            look = {"ha": "center", "va": "center", "fontsize": "small", "bbox": box}
+            axes.text(j, i, text, color="white" if dark else "#666666" if text == _NOT_RUN else "black", **look)
+            missing += text == _NOT_RUN
+            if text != _NOT_RUN:
+                cells.append(f"{_say(columns, across)} {text.replace(chr(10), ' ')}")
+        said += [f"{_say(rows, down)}: {', '.join(cells)}"] if cells else []
+    axes.set(xlim=(-0.5, max(width, 1) - 0.5), ylim=(max(height, 1) - 0.5, -0.5))
+    axes.set_xticks(range(width), [_say(columns, value) for value in shown[columns]])
+    axes.set_yticks(range(height), [_say(rows, value) for value in shown[rows]])
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    figure.colorbar(scale, ax=axes, label="mean PSNR (dB)", extend="both", fraction=0.05)
+    values = "; ".join([*said, f"not run: {missing} of {height * width} cells"])
+    return Figure(figure, f"Mean PSNR in dB and cases that succeeded, {rows} by {columns}. {values}.")
+
+
+_NOT_RUN = "not run"
+
+
+def _heat(row: Mapping | None, scale) -> tuple[str, tuple[float, ...], str]:
+    """What one cell of a heat map says, its colour and its hatch."""
+    white = (1.0, 1.0, 1.0, 1.0)
+    if row is None:
+        return _NOT_RUN, white, ""
+    if not row["n"]:
+        return "does not\napply", white, "////"
+    if not row["ok"]:
+        return f"failed\n0/{row['n']}", white, "xxxx"
+    return f"{row['psnr']:.1f}\n{row['ok']}/{row['n']}", scale.to_rgba(row["psnr"]), ""
 
 
 def curves(frame: pd.DataFrame, x: str, y: str, by: Sequence[str], labels: tuple[str, str]) -> Figure:
@@ -172,10 +281,6 @@ def curves(frame: pd.DataFrame, x: str, y: str, by: Sequence[str], labels: tuple
     axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log", yscale="log")
     axes.legend(fontsize="small", frameon=False)
     return Figure(figure, f"{labels[1]} against {labels[0]}. {'; '.join(said)}.")
-
-
-Order = Mapping[str, Sequence]
-"""Column -> all its values to be shown, in order, whether they were run or not."""
 
 
 def table(

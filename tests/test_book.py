@@ -119,13 +119,13 @@ def test_every_page_is_in_the_table_of_contents():
 
 
 def test_chapters_carry_their_numbers_in_order():
-    """Notebooks of the appendices have none."""
+    """Notebooks of the appendices and the results explorer have none."""
     numbers = []
     for part, pages in contents().items():
         for path in (ROOT / f"{page}.ipynb" for page in pages):
             if path.exists():
                 title = re.match(r"# (?:(\d+)\. )?\S", source(notebook(path)["cells"][0]))
-                assert bool(title[1]) == (part != "Appendices"), path.name
+                assert bool(title[1]) == (part != "Appendices" and path.stem != "explorer"), path.name
                 numbers += [int(title[1])] if title[1] else []
     assert numbers == sorted(set(numbers))
 
@@ -306,17 +306,22 @@ def origin(site):
     server.shutdown()
 
 
-@each_chapter
-def test_browser_asks_no_other_host(origin, tmp_path, path):
-    """The same in a real browser, where one is installed: what the page asked for by its network log."""
+def browse(address, folder, *options):
+    """The page as it stands in a real browser after its scripts have run, where one is installed."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium")
-    log = tmp_path / "net.json"
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    command += ["--disable-component-update", f"--user-data-dir={tmp_path}/profile", f"--log-net-log={log}"]
-    command += ["--virtual-time-budget=5000", "--dump-dom", f"{origin}/book/{path.stem}.html"]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    command += ["--disable-component-update", f"--user-data-dir={folder}/profile", *options]
+    command += ["--virtual-time-budget=5000", "--dump-dom", address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+@each_chapter
+def test_browser_asks_no_other_host(origin, tmp_path, path):
+    """The same in a real browser: what the page asked for by its network log."""
+    log = tmp_path / "net.json"
+    dom = browse(f"{origin}/book/{path.stem}.html", tmp_path, f"--log-net-log={log}")
     typeset = 'class="math' not in dom or "mjx-container" in dom
     assert typeset, "MathJax did not typeset the page"
     # One event a line; the browser's own requests have no origin as their initiator.
@@ -324,3 +329,60 @@ def test_browser_asks_no_other_host(origin, tmp_path, path):
     own = {event["params"]["url"] for event in events if event["params"]["initiator"] == origin}
     assert any("_static" in url for url in own), "the log has no request of the page: its format changed"
     assert {url for url in own if not url.startswith(origin)} == set()
+
+
+# --- the results explorer
+
+
+def explored(site):
+    """The records that the page holds, as dicts."""
+    text = (site / "book/explorer.html").read_text()
+    data = re.search(r'<script type="application/json">(.*?)</script>', text, re.DOTALL)[1]
+    table = json.loads(data)
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+
+
+def test_explorer_holds_all_records_and_a_table_for_readers_without_scripts(site):
+    rows = explored(site)
+    assert {row["study"] for row in rows} == {path.stem for path in (ROOT / "results").glob("*.jsonl")}
+    text = (site / "book/explorer.html").read_text()
+    assert '<div class="gi-plain"><div' in text and text.count("gi-plain") == 1
+    missing = [r["key"] for r in rows if r["picture"] and not (site / f"results/{r['study']}/{r['key']}.png").exists()]
+    assert missing == []
+
+
+def shown_by(dom):
+    """The cells of each row of the explorer's table, as text."""
+    body = re.search(r'<table class="gi-records">.*?<tbody>(.*?)</tbody>', dom, re.DOTALL)[1]
+    lines = re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)
+    return [[re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", line, re.DOTALL)] for line in lines]
+
+
+def test_explorer_shows_a_page_of_records_with_pictures(site, origin, tmp_path):
+    rows = explored(site)
+    dom = browse(f"{origin}/book/explorer.html", tmp_path)
+    assert f"{len(rows)} of {len(rows)} records" in dom
+    assert "gi-plain" not in dom and dom.count('aria-sort="none"') == 17
+    table = shown_by(dom)
+    assert len(table) == min(50, len(rows))
+    assert [line[1:4] for line in table] == [[r["attack"], r["model"], r["dataset"]] for r in rows[:50]]
+    (tmp_path / "dom.html").write_text(dom)
+    images = [a for tag, a in Page(tmp_path / "dom.html").tags if tag == "img" and "/results/" in a["src"]]
+    assert len(images) == sum(bool(row["picture"]) for row in rows[:50])
+    for image in images:
+        assert image["alt"].startswith("Private above, reconstructed below: ") and image["loading"] == "lazy"
+        assert (site / "book" / image["src"]).resolve().exists()
+
+
+def test_explorer_filters_searches_and_sorts_by_its_address(site, origin, tmp_path):
+    row = explored(site)[-1]
+    same = [r for r in explored(site) if (r["study"], r["model"]) == (row["study"], row["model"])]
+    view = f"study={row['study']}&model={row['model']}&sort=-psnr"
+    dom = browse(f"{origin}/book/explorer.html#{view}", tmp_path)
+    assert f"{len(same)} of " in dom and dom.count('aria-sort="descending"') == 1
+    values = sorted((r["psnr"] for r in same if r["psnr"] is not None), reverse=True)[:50]
+    assert [line[4] for line in shown_by(dom)][: len(values)] == [f"{value:.1f}" for value in values]
+    assert 'aria-label="PSNR against training steps. ' in dom or not values
+    dom = browse(f"{origin}/book/explorer.html#q={row['key']}+{row['study']}", tmp_path)
+    assert [line[-1] for line in shown_by(dom)] == [row["key"]]
+    assert "No record fits." in browse(f"{origin}/book/explorer.html#q=no+such+record", tmp_path)

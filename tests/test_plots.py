@@ -1,5 +1,6 @@
 """Figures, tables and the slider: what they contain, and what they must not."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from gi_lib import metrics, plots, results
 from gi_lib.attacks import InvertingGradients
 from gi_lib.bench import Case, run
+from gi_lib.pages import explorer
 
 OUTSIDE = re.compile(r"https?://|//cdn|@import|url\(")
 
@@ -97,6 +99,44 @@ def test_quality_against_time(study):
     assert figure._repr_html_().startswith("<img")
 
 
+def test_quality_against_time_in_panels(study):
+    figure = plots.quality_against_time(results.read(study), panels="model")
+    assert [axes.get_title() for axes in figure.figure.axes] == ["lenet", "mlp"]
+    assert "lenet: inverting_gradients: " in figure.alt and "mlp: inverting_gradients: " in figure.alt
+    nothing = results.read(study).iloc[:0]
+    assert "No case has run" in plots.quality_against_time(nothing, panels="model")._repr_html_()
+
+
+def test_heatmap_says_in_words_what_each_cell_holds(study):
+    frame = results.read(study)
+    order = {"model": ["lenet", "mlp", "vit"], "dataset": ["digits", "photos"]}
+    figure = plots.heatmap(frame, order=order)
+    written = [text.get_text() for text in figure.figure.axes[0].texts]
+    mean = results.summarise(frame, ["model"]).set_index("model")["psnr"]
+    assert written[:2] == [f"{mean['lenet']:.1f}\n2/3", "not run"]
+    assert f"lenet: digits {mean['lenet']:.1f} 2/3; mlp: digits {mean['mlp']:.1f} 1/1;" in figure.alt
+    assert "not run: 4 of 6 cells" in figure.alt and "vit" not in figure.alt
+    assert figure._repr_html_().startswith("<img")
+
+
+def test_heatmap_tells_failed_from_not_applicable_without_colour(study):
+    frame = results.read(study)
+    failed = frame[frame["status"] == "failed"]
+    none = failed.assign(model="mlp", status="not applicable")
+    figure = plots.heatmap(pd.concat([failed, none]))
+    axes = figure.figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["failed\n0/1", "does not\napply"]
+    assert len({patch.get_hatch() for patch in axes.patches}) == 2
+    assert "lenet: digits failed 0/1; mlp: digits does not apply; not run: 0 of 2 cells" in figure.alt
+
+
+def test_heatmap_without_records_is_an_empty_grid(study):
+    order = {"model": ["lenet"], "dataset": ["digits", "photos"]}
+    figure = plots.heatmap(results.read(study).iloc[:0], order=order)
+    assert figure.alt.endswith("model by dataset. not run: 2 of 2 cells.")
+    assert plots.heatmap(results.read(study).iloc[:0])._repr_html_().startswith("<img")
+
+
 def test_curves_say_where_each_line_begins_and_ends():
     frame = pd.DataFrame({"net": ["a", "a", "b", "b"], "R": [4, 1, 1, 4], "ms": [20.0, 10.0, 1.0, 2.5]})
     figure = plots.curves(frame, "R", "ms", ["net"], ("restarts", "milliseconds"))
@@ -126,6 +166,28 @@ def test_picture_grid(study):
     assert "2 / 3 ok" in page
     failed = frame[frame["status"] == "failed"]
     assert "0 / 1 ok" in str(plots.picture_grid(failed, study.parent))
+
+
+def test_explorer_holds_every_record_and_only_pictures_that_exist(study):
+    frame = results.read(study)
+    page = str(explorer(frame, study.parent, "<p>plain</p>"))
+    assert "<p>plain</p>" in page and not OUTSIDE.search(page)
+    text = page[page.index('json">') + 6 : page.index("</script>")]
+    data = json.loads(text)
+    rows = [dict(zip(data["columns"], row, strict=True)) for row in data["rows"]]
+    assert [row["key"] for row in rows] == list(frame["key"])
+    assert [row["picture"] for row in rows] == [1, 1, 0, 2]
+    failed = rows[2]
+    assert (failed["status"], failed["psnr"], failed["picture"]) == ("failed", None, 0)
+    assert "index" in failed["error"]
+    assert rows[3]["psnr"] == pytest.approx(sum(frame["psnr"].iloc[3]) / 2, rel=1e-3)
+    assert rows[0]["weights"] is None and rows[0]["error"] is None
+
+
+def test_explorer_cannot_be_ended_by_what_a_record_says(study):
+    frame = results.read(study).assign(error="</script><img src=x>")
+    page = str(explorer(frame, study.parent))
+    assert page.count("</script>") == 1 and "<img" not in page
 
 
 def test_provenance_names_what_made_the_numbers(study):
