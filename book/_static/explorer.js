@@ -203,16 +203,19 @@ document.addEventListener("DOMContentLoaded", () => {
     return made;
   }
 
+  let drawnAt = -1;
   const median = values => [...values].sort((a, b) => a - b)[Math.floor((values.length - 1) / 2)];
 
   function drawScatter(found) {
+    drawnAt = plot.clientWidth;
     const points = found.filter(row => row[at.psnr] !== null && row[at[state.clock]] > 0);
     const unit = title(state.clock);
     if (!points.length) {
       plot.replaceChildren(element("p", {}, "No record of this selection has both a PSNR and a time."));
       return;
     }
-    const W = 640, H = 340, left = 46, right = 26, top = 10, bottom = 44;
+    // Drawn at the width it has, so that its lettering is as large on a phone.
+    const W = Math.min(720, Math.max(300, plot.clientWidth || 640)), H = 340, left = 46, right = 26, top = 10, bottom = 44;
     const logs = points.map(row => Math.log10(row[at[state.clock]]));
     const low = Math.floor(Math.min(...logs)), high = Math.max(low + 1, Math.ceil(Math.max(...logs)));
     const dB = points.map(row => row[at.psnr]);
@@ -233,7 +236,8 @@ document.addEventListener("DOMContentLoaded", () => {
       drawn.append(svg("line", {x1: left, x2: W - right, y1: y(value), y2: y(value), class: "gi-grid"}),
         svg("text", {x: left - 6, y: y(value) + 4, "text-anchor": "end"}, String(value)));
     }
-    for (let power = low; power <= high; power += 1) {
+    const every = Math.ceil((high - low + 1) * 60 / (W - left - right));
+    for (let power = low; power <= high; power += every) {
       const value = 10 ** power;
       drawn.append(svg("line", {x1: x(value), x2: x(value), y1: top, y2: H - bottom, class: "gi-grid"}),
         svg("text", {x: x(value), y: H - bottom + 16, "text-anchor": "middle"},
@@ -282,6 +286,9 @@ document.addEventListener("DOMContentLoaded", () => {
 
   box.querySelector(".gi-plain").remove();
   box.append(controls, count, scatter, table, pager);
+  new ResizeObserver(() => requestAnimationFrame(() => {
+    if (plot.clientWidth && plot.clientWidth !== drawnAt) drawScatter(chosen());
+  })).observe(plot);
   window.addEventListener("hashchange", () => { readAddress(); draw(); });
   readAddress();
   draw();
