@@ -148,6 +148,17 @@ def test_cases_that_run_together_give_the_same_records(tmp_path):
         assert other["seconds"] > 0 and other["evaluation_training_steps"] > 0
 
 
+def test_cases_run_in_the_order_in_which_they_are_given():
+    other = dataclasses.replace(TINY, model="mlp")
+    cases = [
+        case
+        for i in range(3)
+        for case in (dataclasses.replace(TINY, indices=(i,)), dataclasses.replace(other, indices=(i,)))
+    ]
+    assert bench.groups(cases, 1) == [[case] for case in cases]
+    assert bench.groups(cases, 2) == [[cases[0], cases[2]], [cases[1], cases[3]], [cases[4]], [cases[5]]]
+
+
 def test_a_failure_of_one_that_runs_with_others_is_its_own(tmp_path):
     cases = [*CASES[:2], dataclasses.replace(TINY, indices=(10**6,))]
     rows = run(cases, tmp_path / "s.jsonl", together=3)

@@ -109,13 +109,17 @@ Measured = tuple[Record, tuple[Images, Images] | None]
 
 
 def groups(cases: Sequence[Case], size: int) -> list[list[Case]]:
-    """Cases that can run as one, up to `size` of them: they differ in their images alone, and not in their number."""
-    alike: dict[str, list[Case]] = {}
-    for case in cases:
+    """Cases that can run as one, up to `size` of them, in the order of the first of each group.
+
+    They differ in their images alone, and not in the number of images.
+    """
+    alike: dict[str, list[int]] = {}
+    for i, case in enumerate(cases):
         can = hasattr(case.attack, "many")
         same = text(dataclasses.replace(case, indices=(0,) * len(case.indices))) if can else key(case)
-        alike.setdefault(same, []).append(case)
-    return [some[i : i + size] for some in alike.values() for i in range(0, len(some), size)]
+        alike.setdefault(same, []).append(i)
+    together = [some[i : i + size] for some in alike.values() for i in range(0, len(some), size)]
+    return [[cases[i] for i in some] for some in sorted(together)]
 
 
 def _measure_all(
