@@ -2,7 +2,8 @@
 
 Three networks: the ConvNet untrained, a CIFAR ResNet-20 untrained, and the public trained one of the same
 shape, which normalises its input by ImageNet's statistics as it was trained to. One start each. The paper
-runs up to 24,000 steps; STEPS is what a processor without a GPU affords.
+runs up to 24,000 steps; STEPS is what a processor without a GPU affords. DLG's LeNet is small enough for all
+24,000, and is drawn anew for each image, since its draw decides much.
 """
 
 from gi_lib import ThreatModel
@@ -24,5 +25,16 @@ CASES = [
         profile="survey",
     )
     for model, weights in NETWORKS
+    for i in IMAGES
+] + [
+    Case(
+        InvertingGradients(steps=24_000),
+        "lenet",
+        "cifar10",
+        indices=(i,),
+        seed=i,
+        threat=ThreatModel(knows_labels=True),
+        profile="survey",
+    )
     for i in IMAGES
 ]

@@ -73,32 +73,16 @@ Order = Mapping[str, Sequence]
 """Column -> all its values to be shown, in order, whether they were run or not."""
 
 
-def _axes(width: float, height: float):
-    """A figure of inches and its axes, without pyplot: nothing global, nothing shown twice."""
+def _panels(width: float, height: float, lines: int = 1, columns: int = 1):
+    """A figure of inches and its axes, with the same limits; no pyplot: nothing global, nothing shown twice."""
     from matplotlib.figure import Figure as MatplotlibFigure
 
     figure = MatplotlibFigure(figsize=(width, height), layout="constrained", facecolor=GROUND)
-    axes = figure.add_subplot(facecolor=GROUND)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _panels(count: int):
-    """A figure of `count` axes with the same limits, two side by side where there are several."""
-    from matplotlib.figure import Figure as MatplotlibFigure
-
-    columns = min(2, count)
-    lines = -(-count // columns)
-    size = (5.2, 3.6) if count == 1 else (6.6, 0.9 + 1.75 * lines)
-    figure = MatplotlibFigure(figsize=size, layout="constrained", facecolor=GROUND)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for axes in grid:
         axes.set_facecolor(GROUND)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-    for axes in grid[count:]:
-        axes.set_visible(False)
     return figure, grid
 
 
@@ -128,7 +112,7 @@ def compare(truth: Images, reconstruction: Images, psnr: Sequence[float] | Tenso
 
 def losses(trace: Float[Tensor, "steps R"], *, chosen: int | None = None) -> Figure:
     """The loss of every restart before each step, on a logarithmic axis; `chosen` is drawn bold."""
-    figure, axes = _axes(5.2, 2.9)
+    figure, (axes,) = _panels(5.2, 2.9)
     values = trace.detach().cpu().double().numpy()
     for i, row in enumerate(values.T):
         bold = i == chosen or values.shape[1] == 1
@@ -169,7 +153,8 @@ def quality_against_time(
         "steps": "steps",
     }[clock]
     parts = {"": frame} if panels is None else {str(value): part for value, part in frame.groupby(panels, sort=False)}
-    figure, grid = _panels(max(1, len(parts)))
+    lines, columns = (1, 1) if len(parts) < 2 else (-(-len(parts) // 2), 2)
+    figure, grid = _panels(*((5.2, 3.6) if columns == 1 else (6.6, 0.9 + 1.75 * lines)), lines, columns)
     styles = itertools.cycle(_STYLES)
     looks: dict[str, dict] = {}
     drawn, said = {}, []
@@ -184,6 +169,8 @@ def quality_against_time(
             points.append(f"{name}: {row['psnr']:.1f} dB at {row[clock]:.3g}")
         axes.set(xscale="log", title=title)
         said += [(f"{title}: " if title else "") + "; ".join(points)] if points else []
+    for axes in grid[len(parts) :]:
+        axes.set_visible(False)
     figure.supxlabel(unit, fontsize="medium")
     figure.supylabel("PSNR (dB)", fontsize="medium")
     if drawn:
@@ -217,7 +204,7 @@ def heatmap(
     summary = results.summarise(frame, (rows, columns)).to_dict("records")
     found = {(_plain(row[rows]), _plain(row[columns])): row for row in summary}
     height, width = len(shown[rows]), len(shown[columns])
-    figure, axes = _axes(1.9 + 1.05 * width, 1.1 + 0.48 * height)
+    figure, (axes,) = _panels(1.9 + 1.05 * width, 1.1 + 0.48 * height)
     axes.grid(False)
     axes.spines[:].set_visible(False)
     scale = ScalarMappable(Normalize(*limits), "cividis")
@@ -270,7 +257,7 @@ def curves(frame: pd.DataFrame, x: str, y: str, by: Sequence[str], labels: tuple
         by: columns that make a group.
         labels: what stands at the two axes.
     """
-    figure, axes = _axes(5.2, 3.3)
+    figure, (axes,) = _panels(5.2, 3.3)
     said = []
     styles = itertools.cycle(zip(OKABE_ITO, MARKERS, strict=True))
     for (group, rows), (colour, marker) in zip(frame.groupby(list(by), sort=False), styles, strict=False):

@@ -36,7 +36,11 @@ class Targets:
             _same(first, obs)
         self.observations, self.rngs, self.restarts = observations, rngs, attack.restarts
         self.index = torch.arange(len(observations), device=first.device).repeat_interleave(self.restarts)
-        self._stacked = {name: torch.stack([obs.gradient[name] for obs in observations]) for name in first.gradient}
+        self._gradient = first.gradient
+        if len(observations) > 1:
+            self._gradient = {
+                name: torch.stack([obs.gradient[name] for obs in observations]) for name in first.gradient
+            }
 
     def normal(self, *shape: int) -> Tensor:
         """N(0, 1) for every row, [T R, *shape], each target's from its own generator."""
@@ -51,8 +55,8 @@ class Targets:
     def gradient(self, index: Tensor) -> Gradient:
         """What was observed, for rows with these targets; without the leading axis where there is one target."""
         if len(self.observations) == 1:
-            return self.observations[0].gradient
-        return {name: g[index] for name, g in self._stacked.items()}
+            return self._gradient
+        return {name: g[index] for name, g in self._gradient.items()}
 
     def reconstructions(
         self, found: Minimum, image: Callable[[Tensor], Images], labels: Callable[..., Labels]

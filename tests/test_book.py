@@ -59,6 +59,16 @@ def test_notebook_is_clean(path):
     assert path.read_text() == json.dumps(nb, indent=1, ensure_ascii=False) + "\n", "run `make cells`"
 
 
+def test_every_module_is_in_the_api_reference():
+    """Each file of gi_lib and of its attacks; other folders by their own name; the command describes itself."""
+    package = ROOT / "gi_lib"
+    paths = [path for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    names = {f"gi_lib.{path.stem}" for path in paths if path.stem not in ("__init__", "cli")}
+    names |= {f"gi_lib.attacks.{path.stem}" for path in (package / "attacks").glob("*.py") if path.stem != "__init__"}
+    said = set(re.findall(r"automodule:: (\S+)", (ROOT / "book" / "api.md").read_text()))
+    assert names == said
+
+
 @each_chapter
 def test_code_is_narrow(path):
     wide = [

@@ -19,7 +19,7 @@ ABOVE = {  # module -> the modules of gi_lib that it may import
     "execution": {"types"},
     "optimise": {"types", "execution"},
     "targets": {"types", "optimise"},
-    "models": {"types"},
+    "models": {"types", "models"},
     "attacks": {"types", "matching", "priors", "parametrisations", "labels", "optimise", "targets", "attacks"},
     "data": {"types", "data"},
     "metrics": {"types", "data"},

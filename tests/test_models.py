@@ -1,9 +1,12 @@
 """The survey's models: shapes, initialisation, and that an attack can run on each."""
 
+import os
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from gi_lib import Batch, models, observe
+from gi_lib import Batch, data, models, observe
 from gi_lib.attacks import InvertingGradients
 
 SURVEY = ("mlp", "lenet", "cnn6", "convnet", "vgg11", "resnet18", "resnet50", "vit")
@@ -66,3 +69,43 @@ def test_cnn6_has_r_gaps_layers():
 def test_vit_refuses_what_its_patches_do_not_tile():
     with pytest.raises(ValueError, match="patches of 4 x 4 pixels, which 30 x 30 is not made of"):
         models.build("vit", num_classes=10, image_shape=(3, 30, 30))
+
+
+def test_lenet5_refuses_another_size():
+    with pytest.raises(ValueError, match="32 x 32 pixels, got 28 x 28"):
+        models.build("lenet5", num_classes=10, image_shape=(1, 28, 28))
+
+
+@pytest.mark.parametrize("name", models.WEIGHTS)
+def test_untrained_networks_of_the_public_weights_fit_their_images(name):
+    entry = models.WEIGHTS[name]
+    model = models.build(entry.model, num_classes=entry.num_classes, image_shape=entry.image_shape)
+    with torch.no_grad():
+        logits = model(torch.rand(1, *entry.image_shape, generator=torch.Generator().manual_seed(0)))
+    assert logits.shape == (1, entry.num_classes) and logits.isfinite().all()
+
+
+ACCURACY = {"cifar10_resnet20": 0.85, "cifar10_resnet56": 0.88, "mnist_lenet5": 0.96, "imagenet_squeezenet": 0.55}
+
+
+@pytest.mark.skipif("GI_DATA" not in os.environ, reason="needs the data root GI_DATA, with the public weights in it")
+@pytest.mark.parametrize("name", models.WEIGHTS)
+def test_public_weights_classify(name):
+    """Wrong layers, a wrong order or a wrong normalisation would cost far more than the margin left here."""
+    entry, root = models.WEIGHTS[name], data.root()
+    dataset = data.load(name.partition("_")[0], size=entry.image_shape[1], root=root)
+    batch = dataset.batch(range(150))
+    with torch.no_grad():
+        right = models.pretrained(name, root=root)(batch.images).argmax(1) == batch.labels
+    assert right.double().mean() >= ACCURACY[name]
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    folder = tmp_path / "weights" / "cifar10"
+    folder.mkdir(parents=True)
+    save_file(
+        models.build("lenet", num_classes=10, image_shape=(3, 32, 32)).net.state_dict(),
+        folder / "akamaster_resnet20.safetensors",
+    )
+    with pytest.raises(RuntimeError, match="conv1.weight"):
+        models.pretrained("cifar10_resnet20", root=tmp_path)

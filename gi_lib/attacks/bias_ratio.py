@@ -6,7 +6,8 @@ since dL/dW_k = (dL/da_k) x and dL/db_k = dL/da_k, where a = W x + b. It is an i
 approximation: one image comes back exactly, up to rounding. A batch of B images makes row k a mixture,
 x_k = sum_i c_ki x_i with weights c_ki that sum to one; it shows a single image where one alone lights neuron k.
 
-Needs: the batch size; a model whose first layer is dense on the pixels, with a bias.
+Needs: the batch size; a model whose first layer is dense on the pixels, with a bias; the client's code, for
+the loss that it reports alone.
 Departs from the paper: for one image the ratio is averaged over neurons, weighted by |dL/db_k|, so that the
 well-conditioned ones count most; for a batch the B neurons with the largest |dL/db_k| give the B images.
 """

@@ -1,140 +1,12 @@
-"""The survey's models, and `wrap` for anybody's own.
+"""The networks themselves: (num_classes, image_shape) -> module, its weights as PyTorch draws them."""
 
-Every model takes images in [0, 1] and normalises them in its first layer. `build` returns it in eval mode, where
-batch norm uses its running statistics; call `.train()` to attack a client whose batch norm uses the batch's own.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections import OrderedDict
 
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gi_lib.types import nearest
-
 Shape = tuple[int, int, int]
-
-
-class Classifier(nn.Module):
-    """net((x - mean) / std), for images x [B, C, H, W] in [0, 1].
-
-    Attributes:
-        mean, std: [C, 1, 1].
-        num_classes: K.
-    """
-
-    def __init__(self, net: nn.Module, *, mean, std, num_classes: int):
-        super().__init__()
-        self.net, self.num_classes = net, num_classes
-        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).reshape(-1, 1, 1))
-        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).reshape(-1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net((x - self.mean) / self.std)
-
-
-def wrap(module: nn.Module, *, mean=0.0, std=1.0, num_classes: int) -> Classifier:
-    """Make any torchvision, timm or own classifier attackable; the module is used as it is, in its own mode.
-
-    Args:
-        module: maps normalised images [B, C, H, W] to logits [B, K].
-        mean, std: numbers or one for each channel; the normalisation that the module expects of [0, 1] images.
-        num_classes: K.
-    """
-    if num_classes < 2 or torch.as_tensor(std).le(0).any():
-        raise ValueError(f"wrap needs num_classes >= 2 and std > 0, got {num_classes} and {std}")
-    return Classifier(module, mean=mean, std=std, num_classes=num_classes)
-
-
-def build(name: str, *, num_classes: int, image_shape: Shape, seed: int = 0, mean=0.0, std=1.0) -> Classifier:
-    """A model of the survey, untrained, in eval mode. The same seed gives the same weights everywhere.
-
-    Args:
-        name: a key of MODELS.
-        num_classes: K.
-        image_shape: (C, H, W).
-        seed: of the weights, each layer's initialisation as the model's entry states.
-        mean, std: normalisation of the first layer; none by default.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
-    if name not in MODELS:
-        raise ValueError(nearest(name, MODELS, "model"))
-    with torch.device("meta"):  # layers would draw their default weights from the global generator
-        net = MODELS[name].make(num_classes, image_shape)
-    net.to_empty(device="cpu")
-    rng = torch.Generator().manual_seed(seed)
-    for layer in net.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.reset_running_stats()
-            nn.init.ones_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.LayerNorm):
-            nn.init.ones_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        elif isinstance(layer, _Tokens):
-            nn.init.normal_(layer.first, std=0.02, generator=rng)
-            nn.init.normal_(layer.position, std=0.02, generator=rng)
-        elif isinstance(layer, nn.Conv2d | nn.Linear):
-            MODELS[name].initialise(layer, rng)
-    return wrap(net, mean=mean, std=std, num_classes=num_classes).eval()
-
-
-def pretrained(name: str, *, root: Path) -> Classifier:
-    """A public trained network of WEIGHTS, from `root`/weights, in eval mode.
-
-    Raises:
-        ValueError: the name is unknown.
-        FileNotFoundError: the file is not below `root`.
-    """
-    if name not in WEIGHTS:
-        raise ValueError(nearest(name, WEIGHTS, "set of weights"))
-    entry = WEIGHTS[name]
-    path = Path(root) / "weights" / entry.file
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no weights at {path}; get {entry.source}, store them there as safetensors, or point the data root"
-            " (GI_DATA) at a folder that has them"
-        )
-    model = build(
-        entry.model, num_classes=entry.num_classes, image_shape=entry.image_shape, mean=entry.mean, std=entry.std
-    )
-    model.net.load_state_dict(load_file(path), strict=False)
-    return model
-
-
-def uniform_half(layer: nn.Conv2d | nn.Linear, rng: torch.Generator) -> None:
-    """Weights and biases uniform in [-0.5, 0.5] (DLG's public code)."""
-    for p in layer.parameters():
-        nn.init.uniform_(p, -0.5, 0.5, generator=rng)
-
-
-def torch_default(layer: nn.Conv2d | nn.Linear, rng: torch.Generator) -> None:
-    """PyTorch's own: weights and biases uniform in +-1/sqrt(fan_in)."""
-    bound = layer.weight[0].numel() ** -0.5
-    for p in layer.parameters():
-        nn.init.uniform_(p, -bound, bound, generator=rng)
-
-
-def he_fan_out(layer: nn.Conv2d | nn.Linear, rng: torch.Generator) -> None:
-    """Convolutions N(0, 2 / fan_out) (He et al., 2015) with biases 0, dense layers PyTorch's own; torchvision's."""
-    if isinstance(layer, nn.Conv2d):
-        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=rng)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    else:
-        torch_default(layer, rng)
-
-
-def small_normal(layer: nn.Conv2d | nn.Linear, rng: torch.Generator) -> None:
-    """Weights N(0, 0.02^2), biases 0; class token and positions N(0, 0.02^2) too (as BERT and many transformers)."""
-    nn.init.normal_(layer.weight, std=0.02, generator=rng)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
 
 
 def mlp(num_classes: int, image_shape: Shape, width: int = 1024) -> nn.Module:
@@ -217,7 +89,7 @@ def _stem(net: torchvision.models.ResNet, image_shape: Shape) -> nn.Module:
     return net
 
 
-class _Tokens(nn.Module):
+class Tokens(nn.Module):
     """[B, width, h, w] -> [B, 1 + h w, width]: the class token first, learned positions added."""
 
     def __init__(self, number: int, width: int):
@@ -267,7 +139,7 @@ class _VisionTransformer(nn.Module):
                 f"vit cuts images into patches of {patch} x {patch} pixels, which {h} x {w} is not made of"
             )
         self.patches = nn.Conv2d(c, width, patch, stride=patch)
-        self.tokens = _Tokens((h // patch) * (w // patch), width)
+        self.tokens = Tokens((h // patch) * (w // patch), width)
         self.blocks = nn.Sequential(*(_EncoderBlock(width, heads) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, num_classes)
 
@@ -326,54 +198,47 @@ def resnet20(num_classes: int, image_shape: Shape) -> nn.Module:
     return _CifarResNet(image_shape[0], 3, num_classes)
 
 
-@dataclass(frozen=True)
-class Architecture:
-    make: Callable[[int, Shape], nn.Module]
-    initialise: Callable[[nn.Conv2d | nn.Linear, torch.Generator], None]
-    normalised: bool
-    """Whether studies normalise its input by the dataset's mean and standard deviation."""
-
-    @property
-    def about(self) -> str:
-        return (self.make.__doc__ or "").strip()
+def resnet56(num_classes: int, image_shape: Shape) -> nn.Module:
+    """The CIFAR ResNet-56 with parameter-free shortcuts."""
+    return _CifarResNet(image_shape[0], 9, num_classes)
 
 
-MODELS = {
-    "mlp": Architecture(mlp, torch_default, normalised=False),
-    "lenet": Architecture(lenet, uniform_half, normalised=False),
-    "cnn6": Architecture(cnn6, torch_default, normalised=False),
-    "convnet": Architecture(convnet, torch_default, normalised=True),
-    "vgg11": Architecture(vgg11, he_fan_out, normalised=True),
-    "resnet18": Architecture(resnet18, he_fan_out, normalised=True),
-    "resnet50": Architecture(resnet50, he_fan_out, normalised=True),
-    "vit": Architecture(vit, small_normal, normalised=True),
-    "resnet20": Architecture(resnet20, he_fan_out, normalised=True),
-}
+class _LeNet5(nn.Module):
+    """Its layers have the names of the original figure (LeCun et al., 1998): C1, C3, C5, F6."""
 
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    def __init__(self, channels: int, num_classes: int):
+        super().__init__()
+        pool = nn.MaxPool2d(2)
+        convolutions = {
+            "c1": nn.Conv2d(channels, 6, 5),
+            "relu1": nn.ReLU(),
+            "s2": pool,
+            "c3": nn.Conv2d(6, 16, 5),
+            "relu3": nn.ReLU(),
+            "s4": pool,
+            "c5": nn.Conv2d(16, 120, 5),
+            "relu5": nn.ReLU(),
+        }
+        self.convnet = nn.Sequential(OrderedDict(convolutions))
+        dense = {"f6": nn.Linear(120, 84), "relu6": nn.ReLU(), "f7": nn.Linear(84, num_classes)}
+        self.fc = nn.Sequential(OrderedDict(dense))
 
-
-@dataclass(frozen=True)
-class Weights:
-    """Where the trained weights of a public network lie below the data root, and what they expect."""
-
-    file: str
-    model: str
-    num_classes: int
-    image_shape: Shape
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    source: str
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.convnet(x).flatten(1))
 
 
-WEIGHTS = {
-    "cifar10_resnet20": Weights(
-        "cifar10/akamaster_resnet20.safetensors",
-        "resnet20",
-        10,
-        (3, 32, 32),
-        _IMAGENET_MEAN,
-        _IMAGENET_STD,
-        "ResNet-20 of akamaster/pytorch_resnet_cifar10 (BSD-2)",
-    ),
-}
+def lenet5(num_classes: int, image_shape: Shape) -> nn.Module:
+    """LeNet-5 with ReLU and max pools in place of squashing and subsampling; images of 32 x 32 pixels."""
+    if image_shape[1:] != (32, 32):
+        raise ValueError(
+            f"lenet5 takes images of 32 x 32 pixels, got {image_shape[1]} x {image_shape[2]}; load them so"
+        )
+    return _LeNet5(image_shape[0], num_classes)
+
+
+def squeezenet(num_classes: int, image_shape: Shape) -> nn.Module:
+    """torchvision's SqueezeNet 1.1, which ends in a convolution, a ReLU and a mean."""
+    net = torchvision.models.squeezenet1_1(num_classes=num_classes)
+    if image_shape[0] != 3:
+        net.features[0] = nn.Conv2d(image_shape[0], 64, 3, stride=2)
+    return net
