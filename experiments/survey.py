@@ -1,8 +1,10 @@
 """The survey: every technique on eight untrained models and four datasets, four single images a cell.
 
-ImageNet's photographs are taken at 64 x 64 pixels. Labels are sought, not known. The steps are what two cores
-without a GPU afford, and far fewer than the papers' on the large networks; each row says how many it took. Image
-by image, so that a study that is stopped has some images of every cell rather than all images of some.
+Image i meets the networks drawn from seed i, and the attack starts from seed i: the spread over a cell's images
+is a spread over draws too. ImageNet's photographs are taken at 64 x 64 pixels. Labels are sought, not known. The
+steps are what two cores without a GPU afford, and far fewer than the papers' on the large networks; each row says
+how many it took. Image by image, so that a study that is stopped has some images of every cell rather than all
+images of some.
 """
 
 from gi_lib.attacks import DLG, IDLG, BiasRatio, InvertingGradients
@@ -22,7 +24,7 @@ STEPS = {  # of Inverting Gradients; and of DLG and iDLG, each of which is 20 it
 }
 
 CASES = [
-    Case(attack, model, dataset, indices=(i,), size=size, profile="survey")
+    Case(attack, model, dataset, indices=(i,), seed=i, size=size, profile="survey")
     for i in IMAGES
     for model, (steps, outer) in STEPS.items()
     for dataset, size in DATASETS
