@@ -25,6 +25,7 @@ from gi_lib.pages import Html, picture, provenance, provenance_live, slider
 from gi_lib.types import Images
 
 __all__ = [
+    "SURVEY",
     "Figure",
     "Html",
     "compare",
@@ -71,6 +72,12 @@ class Figure:
 
 Order = Mapping[str, Sequence]
 """Column -> all its values to be shown, in order, whether they were run or not."""
+
+SURVEY: Order = {
+    "model": ("mlp", "lenet", "cnn6", "convnet", "vgg11", "resnet18", "resnet50", "vit"),
+    "dataset": ("mnist", "cifar10", "cifar100", "imagenet"),
+}
+"""The survey's eight models and four datasets."""
 
 
 def _panels(width: float, height: float, lines: int = 1, columns: int = 1):

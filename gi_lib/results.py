@@ -167,6 +167,17 @@ def read(path: Path) -> pd.DataFrame:
     return pd.DataFrame(found, columns=[*Record.__annotations__, "study"])
 
 
+def study(name: str, folder: Path = Path("../results")) -> pd.DataFrame:
+    """The records of a study as `read` gives them; an empty table where it has not been run.
+
+    Args:
+        name: of its file in experiments/ and in `folder`, without the ending.
+        folder: where the files of records are, by default as a chapter sees it.
+    """
+    path = Path(folder) / f"{name}.jsonl"
+    return read(path) if path.exists() else pd.DataFrame(columns=[*Record.__annotations__, "study"])
+
+
 def summarise(
     frame: pd.DataFrame, by: Sequence[str] = ("attack", "model", "weights", "dataset", "threat")
 ) -> pd.DataFrame:

@@ -31,6 +31,13 @@ def test_what_is_appended_is_read(tmp_path):
     assert len(results.read(tmp_path / "new")) == 2
 
 
+def test_a_study_that_was_not_run_is_an_empty_table(tmp_path):
+    results.append(tmp_path / "run.jsonl", record())
+    run, missing = results.study("run", tmp_path), results.study("missing", tmp_path)
+    assert list(run["key"]) == ["a"] and missing.empty
+    assert list(missing.columns) == list(run.columns)
+
+
 def test_the_newest_row_of_a_key_counts(tmp_path):
     path = tmp_path / "study.jsonl"
     for row in (record("a", status="failed"), record("b"), record("a", seconds=7.0)):
