@@ -1,4 +1,7 @@
-"""Inverting Gradients on FedAvg: 1, 2, 4 and 8 local steps on one image, and a batch of 8 in one step; labels known."""
+"""Inverting Gradients on FedAvg: 1, 2, 4 and 8 local steps on one image, and a batch of 8 in one step; labels known.
+
+Image i meets the network drawn from seed i.
+"""
 
 from gi_lib import FedAvg, ThreatModel
 from gi_lib.attacks import InvertingGradients
@@ -15,6 +18,7 @@ CASES = [
         model,
         "cifar10",
         indices=(i,),
+        seed=i,
         threat=KNOWN,
         update=FedAvg(T, lr=LR),
         profile="survey",
