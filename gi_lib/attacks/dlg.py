@@ -2,9 +2,9 @@
 
     x*, y* = argmin over x, y of  | g(x, softmax(y)) - g* |^2
 
-by L-BFGS with step length 1, from x and y drawn from N(0, 1). It is second order twice over: the
-loss contains a gradient, so that its own gradient needs the model's second derivatives, which a
-piecewise linear network (ReLU) has almost nowhere.
+by L-BFGS with step length 1, from x and y drawn from N(0, 1). The loss contains a gradient, so that its
+own gradient needs the model's second derivatives. ReLU has none but at its corner, where the loss jumps:
+the authors ask for a smooth model. On some networks with ReLU the search succeeds all the same.
 
 Needs: the batch size. With known labels only x is sought.
 Departs from the paper: restarts are stacked and the one with the smallest loss is returned; images
@@ -47,7 +47,7 @@ class DLG:
         if any(isinstance(layer, _PIECEWISE_LINEAR) for layer in obs.model.modules()):
             warnings.warn(
                 "DLG needs second derivatives of the model, and its ReLU-like layers have none almost"
-                " everywhere: it may stall or blow up; use InvertingGradients, or a smooth activation",
+                " everywhere: it may stall or blow up; compare with InvertingGradients, or a smooth activation",
                 stacklevel=3,
             )
         known = [each.labels for each in observations if each.labels is not None]
