@@ -248,8 +248,12 @@ def load_study(path: Path) -> list[bench.Case]:
 def table(
     path: Annotated[Path, typer.Argument(help="A file of records, or a folder of them.")] = Path("results"),
     by: Annotated[
-        str, typer.Option(help="Columns of the records that make a group.")
-    ] = "attack,model,weights,dataset,threat",
+        str | None,
+        typer.Option(
+            help="Columns of the records that make a group; unless named: attack, model, weights, dataset, threat,"
+            " and what else differs within such a group."
+        ),
+    ] = None,
 ) -> None:
     """Summarise records, one line a group.
 
@@ -260,7 +264,8 @@ def table(
     gi table results/dlg.jsonl
     gi table results --by attack,threat_letter,defense
     """
-    summary = results.summarise(results.read(path), [name.strip() for name in by.split(",")])
+    columns = None if by is None else [name.strip() for name in by.split(",")]
+    summary = results.summarise(results.read(path), columns)
     with pd.option_context("display.width", None, "display.max_columns", None):
         print(summary.to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.4g}"))
 
@@ -314,7 +319,7 @@ def _attacks():
 
 def _models():
     for name, entry in models.MODELS.items():
-        about = [entry.about.partition("\n")[0]]
+        about = [entry.about.partition("\n")[0], inspect.getdoc(entry.initialise)]
         for weights, w in models.WEIGHTS.items():
             if w.model == name:
                 about.append(f"--weights {weights}: {w.source}; needs weights/{w.file} in the data root")

@@ -1,9 +1,9 @@
 """Labels from the gradient: Observation -> labels [B]."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gi_lib.types import Labels, NotApplicableError, Observation
+from gi_lib.types import Labels, NotApplicableError, Observation, WithheldError
 
 
 def last_layer(obs: Observation) -> tuple[Tensor, Tensor | None]:
@@ -15,7 +15,8 @@ def last_layer(obs: Observation) -> tuple[Tensor, Tensor | None]:
     weights = [(name, g) for name, g in obs.gradient.items() if g.ndim == 2 and len(g) == obs.num_classes]
     if not weights:
         raise NotApplicableError(
-            f"no dense layer with {obs.num_classes} outputs in the gradient; give the labels instead"
+            f"no dense layer with {obs.num_classes} outputs in the gradient; observe with"
+            " ThreatModel(knows_labels=True)"
         )
     name, weight = weights[-1]
     bias = obs.gradient.get(name.removesuffix("weight") + "bias")
@@ -26,13 +27,16 @@ def idlg(obs: Observation) -> Labels:
     """The label of one image, exactly (Zhao et al., arXiv:2001.02610).
 
     With cross-entropy, dL/db_k = p_k - [k = y] is negative at the label alone. Without a bias, row k of dL/dW is
-    (p_k - [k = y]) a, so that the label's row has a negative inner product with every other row. With two classes
+    (p_k - [k = y]) a, so that the label's row points against every other row. With two classes
     and no bias the two rows are opposite and the signs cannot tell them apart; the features must then be
     non-negative (ReLU, sigmoid), and the row with the negative sum is the label's.
 
     Raises:
         NotApplicableError: the batch has more than one image.
+        WithheldError: the batch size is withheld.
     """
+    if obs.batch_size is None:
+        raise WithheldError("idlg needs the batch size; observe with ThreatModel(knows_batch_size=True)")
     if obs.batch_size != 1:
         raise NotApplicableError(
             f"idlg infers one label from one image, got batch_size={obs.batch_size}; use labels.column_min for a batch"
@@ -43,8 +47,8 @@ def idlg(obs: Observation) -> Labels:
     elif obs.num_classes == 2:
         score = weight.sum(1)
     else:
-        gram = weight @ weight.T
-        score = gram.sum(1) - gram.diagonal()
+        rows = nn.functional.normalize(weight, dim=1)
+        score = (rows @ rows.T).sum(1)
     return score.argmin().reshape(1)
 
 
@@ -56,10 +60,10 @@ def column_min(obs: Observation) -> Labels:
 
     Raises:
         NotApplicableError: more images than classes, so that a label must repeat.
-        ValueError: the batch size is withheld.
+        WithheldError: the batch size is withheld.
     """
     if obs.batch_size is None:
-        raise ValueError("column_min needs the batch size; observe with ThreatModel(knows_batch_size=True)")
+        raise WithheldError("column_min needs the batch size; observe with ThreatModel(knows_batch_size=True)")
     if obs.batch_size > obs.num_classes:
         raise NotApplicableError(
             f"column_min finds no repeats, but {obs.batch_size} images of {obs.num_classes} classes must"

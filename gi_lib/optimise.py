@@ -209,9 +209,12 @@ class _LBFGS:
 
     def step(self, evaluate: Evaluate) -> tuple[Rows, bool]:
         loss, g = self._evaluate(evaluate, ~self.settled, self.loss, self.g)
-        before = loss
         finite = loss.isfinite() & g.isfinite().all(1)
+        astray = ~finite & ~self.settled & (self.iterations > 0)  # by the last move of the step before
+        self._move(astray, -1)
+        before = loss = torch.where(astray, self.loss, loss)
         self.settled |= ~finite | (g.abs().amax(1) <= self.TOLERANCE_GRAD)
+        self.loss = torch.where(self.settled, loss, self.loss)
         active = ~self.settled
         for n in range(1, self.max_iter + 1):
             if not active.any():

@@ -12,12 +12,11 @@ from pathlib import Path
 from string import Template
 
 import pandas as pd
-import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from gi_lib import provenance as made
+from gi_lib import results
 from gi_lib.types import Images
 
 
@@ -39,10 +38,8 @@ class Html:
 
 def png(images: Images) -> str:
     """Images [B, C, H, W] in [0, 1] side by side, as the data URI of a lossless 8-bit PNG; NaN is black."""
-    row = torch.cat(list(images.detach().cpu().nan_to_num(0)), dim=2).clamp(0, 1)
-    pixels = (row * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG", optimize=True)
+    results.bitmap([images]).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

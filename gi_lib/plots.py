@@ -159,7 +159,9 @@ def quality_against_time(
         "seconds": "seconds a case",
         "steps": "steps",
     }[clock]
-    parts = {"": frame} if panels is None else {str(value): part for value, part in frame.groupby(panels, sort=False)}
+    parts = {"": frame}
+    if panels is not None:
+        parts = {_say(panels, value): part for value, part in frame.groupby(panels, sort=False, dropna=False)}
     lines, columns = (1, 1) if len(parts) < 2 else (-(-len(parts) // 2), 2)
     figure, grid = _panels(*((5.2, 3.6) if columns == 1 else (6.6, 0.9 + 1.75 * lines)), lines, columns)
     styles = itertools.cycle(_STYLES)
@@ -267,8 +269,8 @@ def curves(frame: pd.DataFrame, x: str, y: str, by: Sequence[str], labels: tuple
     figure, (axes,) = _panels(5.2, 3.3)
     said = []
     styles = itertools.cycle(zip(OKABE_ITO, MARKERS, strict=True))
-    for (group, rows), (colour, marker) in zip(frame.groupby(list(by), sort=False), styles, strict=False):
-        name, rows = ", ".join(map(str, group)), rows.sort_values(x)
+    for (group, rows), (colour, marker) in zip(frame.groupby(list(by), sort=False, dropna=False), styles, strict=False):
+        name, rows = ", ".join(map(_say, by, group)), rows.sort_values(x)
         axes.plot(rows[x], rows[y], color=colour, marker=marker, linewidth=1.2, label=name)
         first, last = rows.iloc[0], rows.iloc[-1]
         said.append(f"{name}: {first[y]:.3g} at {first[x]:g}, {last[y]:.3g} at {last[x]:g}")
@@ -374,7 +376,7 @@ def _cell(cases: pd.DataFrame, folder: Path) -> str:
     if (cases["status"] == "not applicable").all():
         return "does not apply"
     done = cases[cases["status"] == "ok"]
-    count = f"{len(done)} / {len(cases)} ok"
+    count = f"{len(done)} / {(cases['status'] != 'not applicable').sum()} ok"
     if done.empty:
         return count
     ranked = sorted((psnr, i, k) for k, row in enumerate(done["psnr"]) for i, psnr in enumerate(row))

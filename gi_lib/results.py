@@ -164,7 +164,8 @@ def read(path: Path) -> pd.DataFrame:
     if not files:
         raise FileNotFoundError(f"no records in {path}; {_ORIGIN}")
     found = [{**row, "study": file.stem} for file in files for row in rows(file)]
-    return pd.DataFrame(found, columns=[*Record.__annotations__, "study"])
+    frame = pd.DataFrame(found, columns=[*Record.__annotations__, "study"])
+    return frame.astype({"size": "Int64"})
 
 
 def study(name: str, folder: Path = Path("../results")) -> pd.DataFrame:
@@ -173,19 +174,35 @@ def study(name: str, folder: Path = Path("../results")) -> pd.DataFrame:
     Args:
         name: of its file in experiments/ and in `folder`, without the ending.
         folder: where the files of records are, by default as a chapter sees it.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
     """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} of records; start in the folder `book`, or name it")
     path = Path(folder) / f"{name}.jsonl"
     return read(path) if path.exists() else pd.DataFrame(columns=[*Record.__annotations__, "study"])
 
 
-def summarise(
-    frame: pd.DataFrame, by: Sequence[str] = ("attack", "model", "weights", "dataset", "threat")
-) -> pd.DataFrame:
+_USUAL = ("attack", "model", "weights", "dataset", "threat")
+_SETTINGS = ("size", "update", "batch_size", "defense", "precision", "attack_text")
+
+
+def usual_groups(frame: pd.DataFrame) -> list[str]:
+    """Attack, model, weights, dataset and threat, and what else differs within such a group."""
+    by = list(_USUAL)
+    for name in _SETTINGS:
+        if (frame.groupby(by, dropna=False)[name].nunique(dropna=False) > 1).any():
+            by.append(name)
+    return by
+
+
+def summarise(frame: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFrame:
     """One row for each group of records; failed cases are counted in `n` and not in `ok`.
 
     Args:
         frame: from `read`.
-        by: columns that make a group.
+        by: columns that make a group; None for `usual_groups`, which keeps unlike settings apart.
 
     Returns:
         The columns of `by` and: ok and n (cases, without those that do not apply), images, psnr with psnr_low and
@@ -194,11 +211,15 @@ def summarise(
         (medians over cases). A group with an image whose LPIPS is missing has no mean LPIPS.
 
     Raises:
-        ValueError: a name in `by` is not a column.
+        ValueError: a name in `by` is not a column, or a column of lists.
     """
+    by = usual_groups(frame) if by is None else by
     unknown = [name for name in by if name not in frame.columns]
     if unknown:
         raise ValueError(f"records have no column {', '.join(unknown)}; known: {', '.join(frame.columns)}")
+    lists = [name for name in by if frame[name].map(lambda value: isinstance(value, list | dict)).any()]
+    if lists:
+        raise ValueError(f"{', '.join(lists)} has a list in each record, which makes no group; choose other columns")
     groups = frame.groupby(list(by), dropna=False, sort=False)
     summary = [dict(zip(by, group, strict=True)) | _summary(cases) for group, cases in groups]
     return pd.DataFrame(summary, columns=[*by, *_SUMMARY])
@@ -246,6 +267,13 @@ def picture_path(path: Path, key: str) -> Path:
     return Path(path).with_suffix("") / f"{key}.png"
 
 
+def bitmap(rows: Sequence[Images]) -> Image.Image:
+    """Rows of images [B, C, H, W] in [0, 1], one below the other, in 8 bits, grey or colour; NaN is black."""
+    lines = [torch.cat(list(images.detach().cpu().nan_to_num(0)), dim=2) for images in rows]
+    pixels = (torch.cat(lines, dim=1).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
 def write_picture(path: Path, truth: Images, reconstruction: Images, *, zoom: int = 1) -> None:
     """Save true images above reconstructed ones, both [B, C, H, W] in [0, 1] in the same order, as 8-bit PNG.
 
@@ -254,14 +282,12 @@ def write_picture(path: Path, truth: Images, reconstruction: Images, *, zoom: in
     Raises:
         OSError: the disk is full, or the file can't be written; then nothing is left of it.
     """
-    rows = [torch.cat(list(images.detach().cpu()), dim=2) for images in (truth, reconstruction)]
-    pixels = (torch.cat(rows, dim=1).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    pixels = pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    image = bitmap([truth, reconstruction])
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        grey = pixels.shape[2] == 1
-        Image.fromarray(pixels[..., 0] if grey else pixels).save(path, "PNG", optimize=True)
+        size = (zoom * image.width, zoom * image.height)
+        image.resize(size, Image.Resampling.NEAREST).save(path, "PNG", optimize=True)
     except OSError:
         path.unlink(missing_ok=True)
         raise

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import math
 import os
 import pickle
 import subprocess
@@ -15,8 +16,9 @@ import torch
 from gi_lib import FedAvg, ThreatModel, bench, metrics, results
 from gi_lib.attacks import DLG, InvertingGradients
 from gi_lib.bench import Case, key, run, text
-from gi_lib.defenses import GaussianNoise
+from gi_lib.defenses import Defense, GaussianNoise
 from gi_lib.matching import squared_l2
+from gi_lib.types import Reconstruction
 
 TINY = Case(InvertingGradients(steps=3), "lenet", "digits", (0,), profile="smoke")
 CASES = [dataclasses.replace(TINY, indices=(i,)) for i in range(4)]
@@ -188,7 +190,7 @@ def test_a_broken_executor_says_what_to_do(tmp_path, error, kind, message):
     class Broken:
         def submit(self, function, case, *rest):
             future = Future()
-            if case == CASES[0]:
+            if case == [CASES[0]]:
                 future.set_result(function(case, *rest))
             else:
                 future.set_exception(error)
@@ -196,12 +198,43 @@ def test_a_broken_executor_says_what_to_do(tmp_path, error, kind, message):
 
     with pytest.raises(kind, match=message):
         run(CASES, tmp_path / "s.jsonl", executor=Broken())
+    if kind is RuntimeError:  # what is done is kept, in whatever order the futures come
+        assert [row["key"] for row in results.rows(tmp_path / "s.jsonl")] == [key(CASES[0])]
 
 
-def test_model_attack_and_client_draw_from_different_streams():
-    seeds = (0, bench.ATTACK_STREAM, bench.CLIENT_STREAM)
-    draws = [torch.rand(4, generator=torch.Generator().manual_seed(7 + s)).tolist() for s in seeds]
-    assert len({tuple(draw) for draw in draws}) == 3
+@dataclasses.dataclass(frozen=True)
+class Listening(Defense):
+    """Keeps the seed of the client's generator."""
+
+    def on_update(self, gradient, rng):
+        SEEDS["client"] = rng.initial_seed()
+        return gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """An attack in closed form, which reports no losses and no evaluations, and keeps its generator's seed."""
+
+    def __call__(self, obs, rng):
+        SEEDS["attack"] = rng.initial_seed()
+        images = torch.full((obs.batch_size, *obs.image_shape), 0.5)
+        return Reconstruction(images, torch.zeros(obs.batch_size, dtype=torch.int64), math.nan, torch.empty(0, 1))
+
+
+SEEDS = {}
+
+
+def test_model_attack_and_client_draw_from_different_streams(tmp_path):
+    case = dataclasses.replace(TINY, attack=Plain(), defense=Listening(), seed=7)
+    assert run([case], tmp_path / "s.jsonl")[0]["status"] == "ok"
+    assert SEEDS == {"attack": 7 + bench.ATTACK_STREAM, "client": 7 + bench.CLIENT_STREAM}
+    assert len({0, bench.ATTACK_STREAM, bench.CLIENT_STREAM}) == 3
+
+
+def test_an_attack_without_steps_has_a_record(tmp_path):
+    row = run([dataclasses.replace(TINY, attack=Plain())], tmp_path / "s.jsonl")[0]
+    assert (row["status"], row["steps"], row["restart_losses"], row["loss"]) == ("ok", 0, None, None)
+    assert row["evaluation_training_steps"] is None and row["training_steps"] > 0
 
 
 def test_a_seed_gives_the_same_scores_and_another_seed_others(tmp_path):
@@ -262,7 +295,7 @@ def test_a_lambda_has_no_text():
         ({"model": "lenett"}, "no model is called 'lenett'; did you mean 'lenet'"),
         ({"dataset": "digit"}, "no dataset is called 'digit'; did you mean 'digits'"),
         ({"profile": "quik"}, "did you mean 'quick'"),
-        ({"weights": "cifar10_resnet"}, "did you mean 'cifar10_resnet20'"),
+        ({"weights": "cifar10_resnet"}, "did you mean 'cifar10_resnet"),
         ({"weights": "cifar10_resnet20"}, "belong to 'resnet20', not to 'lenet'"),
         ({"indices": ()}, "at least one index"),
     ],
@@ -302,8 +335,3 @@ def test_score_fills_in_lpips_from_the_pictures(tmp_path, monkeypatch):
     for row in rows:
         assert row["lpips"][0] == pytest.approx(2 * row["mse"][0], rel=0.05)
     assert bench.score(out) == (0, 0)
-
-
-def test_a_profile_scales_the_paper_s_steps():
-    assert bench.PROFILES["survey"].steps(300) == 300
-    assert bench.PROFILES["smoke"].steps(10) == 1

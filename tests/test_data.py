@@ -419,6 +419,13 @@ def write_celeba(folder, images=3):
     (folder / "list_eval_partition.txt").write_text("0.jpg 0\n1.jpg 2\n2.jpg 2\n")
 
 
+def test_celeba_in_a_pack(tmp_path):
+    (tmp_path / "celeba").mkdir()
+    images = np.zeros((2, 64, 64, 3), np.uint8)
+    np.savez(tmp_path / "celeba" / "test.npz", images=images, labels=np.array([0, 1]))
+    assert data.load("celeba", root=tmp_path).labels.tolist() == [0, 1]
+
+
 def test_celeba_in_torchvisions_layout(tmp_path):
     write_celeba(tmp_path / "celeba")
     celeba = data.load("celeba", root=tmp_path)

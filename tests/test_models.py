@@ -109,3 +109,22 @@ def test_weights_of_another_network_are_refused(tmp_path):
     )
     with pytest.raises(RuntimeError, match="conv1.weight"):
         models.pretrained("cifar10_resnet20", root=tmp_path)
+
+
+def test_a_damaged_file_of_weights_is_named(tmp_path):
+    folder = tmp_path / "weights" / "cifar10"
+    folder.mkdir(parents=True)
+    (folder / "akamaster_resnet20.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(RuntimeError, match=r"akamaster_resnet20.safetensors is damaged.*copy it afresh"):
+        models.pretrained("cifar10_resnet20", root=tmp_path)
+
+
+def test_convnet_refuses_what_its_pools_swallow():
+    with pytest.raises(ValueError, match="from 9 x 9 pixels on, got 8 x 8"):
+        models.build("convnet", num_classes=10, image_shape=(1, 8, 8))
+
+
+def test_wrap_stays_on_the_device_of_the_module():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)).to("meta")
+    model = models.wrap(net, mean=(0.5, 0.4, 0.3), std=0.2, num_classes=3)
+    assert model(torch.empty(2, 3, 2, 2, device="meta")).shape == (2, 3)

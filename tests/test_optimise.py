@@ -68,6 +68,29 @@ def test_a_row_that_blows_up_stops_and_harms_no_other():
     assert both.variables[0].isfinite().all() and loss(both.variables[0]).isfinite().all()
 
 
+@pytest.mark.parametrize("max_iter", [2, 20])
+def test_a_row_that_leaves_the_domain_goes_back_to_where_it_last_was(max_iter):
+    def loss(x):
+        return (torch.where(x < 0, torch.nan, x) ** 3 + 100 * x).sum(1)
+
+    start = torch.full((1, 1), 3.0, dtype=torch.float64)
+    found = minimise(loss, [start], optimiser=lbfgs(0.9, max_iter=max_iter), steps=5)
+    assert found.variables[0].item() >= 0 and found.losses.isfinite().all()
+    assert found.trace.isfinite().all() and (found.trace.diff(dim=0) <= 0).all()
+
+
+def test_the_loss_of_a_row_that_has_settled_is_that_of_where_it_is():
+    start = torch.tensor([[0.0, 0.0], [3.0, 4.0]], dtype=torch.float64)  # the first is at its minimum
+    found = minimise(lambda x: 7 + convex2(x), [start], optimiser=lbfgs(0.1, max_iter=2), steps=4)
+    assert (found.trace[:, 0] == 7).all()
+    nowhere = minimise(lambda x: x.sum(1) / 0 * 0, [start], optimiser=lbfgs(), steps=3)
+    assert nowhere.trace.isnan().all()
+
+
+def convex2(x):
+    return x.square().sum(1)
+
+
 def test_lbfgs_ends_when_every_row_is_settled():
     found = minimise(lambda x: x.square().sum(1), [START], optimiser=lbfgs(), steps=50)
     assert len(found.trace) < 10 and found.variables[0].abs().max() < 1e-7

@@ -7,6 +7,7 @@ from gi_lib import Batch, labels, models, observe
 from gi_lib.matching import cosine, squared_l2
 from gi_lib.parametrisations import Pixels, TanhBox
 from gi_lib.priors import l2, total_variation
+from gi_lib.types import WithheldError
 
 
 def gradients(rows, rng):
@@ -100,6 +101,18 @@ def test_idlg_needs_no_bias_and_no_sign_of_the_features(num_classes, rng):
         assert labels.idlg(obs).tolist() == [label]
 
 
+def test_idlg_needs_no_bias_where_the_network_is_sure(rng):
+    """A wrong class with p = 1 has nearly as long a row as the label's own."""
+    for label in range(5):
+        net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5, bias=False))
+        with torch.no_grad():
+            net[1].weight.normal_(std=10, generator=rng)
+        image = torch.rand(1, 3, 2, 2, generator=rng)
+        model = models.wrap(net, num_classes=5)
+        if model(image).argmax().item() != label:  # else the gradient underflows: there is nothing to read
+            assert labels.idlg(observe(model, Batch(image, torch.tensor([label])), rng=rng)).tolist() == [label]
+
+
 def test_column_min_finds_a_batch_without_repeats(rng):
     for wanted in ([0, 3], [4, 1, 2]):
         obs = observation("mlp", wanted, rng, size=len(wanted))
@@ -112,8 +125,9 @@ def test_label_rules_say_what_they_need(client, rng):
     with pytest.raises(ValueError, match="finds no repeats, but 6 images of 5 classes must"):
         labels.column_min(observation("mlp", [0, 1, 2, 3, 4, 0], rng, size=6))
     obs, _ = client(knows_batch_size=False)
-    with pytest.raises(ValueError, match="column_min needs the batch size"):
-        labels.column_min(obs)
+    for rule in (labels.idlg, labels.column_min):
+        with pytest.raises(WithheldError, match=f"{rule.__name__} needs the batch size"):
+            rule(obs)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Flatten())
     obs = observe(models.wrap(net, num_classes=4), Batch(torch.rand(1, 3, 2, 2), torch.tensor([1])), rng=rng)
     with pytest.raises(ValueError, match="no dense layer with 4 outputs"):

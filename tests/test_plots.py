@@ -107,6 +107,14 @@ def test_quality_against_time_in_panels(study):
     assert "No case has run" in plots.quality_against_time(nothing, panels="model")._repr_html_()
 
 
+def test_groups_without_a_value_are_drawn_too(study):
+    frame = results.read(study)
+    frame["weights"] = [None, *["trained"] * (len(frame) - 1)]
+    assert "untrained: " in plots.quality_against_time(frame, panels="weights").alt
+    drawn = plots.curves(frame.assign(x=range(1, len(frame) + 1), y=1.0), "x", "y", ["weights"], ("x", "y"))
+    assert "untrained: " in drawn.alt
+
+
 def test_heatmap_says_in_words_what_each_cell_holds(study):
     frame = results.read(study)
     order = {"model": ["lenet", "mlp", "vit"], "dataset": ["digits", "photos"]}

@@ -31,11 +31,27 @@ def test_what_is_appended_is_read(tmp_path):
     assert len(results.read(tmp_path / "new")) == 2
 
 
+def test_unlike_settings_are_not_averaged(tmp_path):
+    path = tmp_path / "study.jsonl"
+    for i, (update, size) in enumerate(
+        [("fedsgd", None), ("fedsgd", None), ("FedAvg(local_steps=2)", None), ("fedsgd", 64)]
+    ):
+        results.append(path, record(str(i), update=update, size=size))
+    frame = results.read(path)
+    assert results.usual_groups(frame)[5:] == ["size", "update"]
+    assert results.summarise(frame)["n"].tolist() == [2, 1, 1]
+    assert results.usual_groups(frame.iloc[:2]) == ["attack", "model", "weights", "dataset", "threat"]
+    with pytest.raises(ValueError, match="psnr has a list in each record"):
+        results.summarise(frame, ["psnr"])
+
+
 def test_a_study_that_was_not_run_is_an_empty_table(tmp_path):
     results.append(tmp_path / "run.jsonl", record())
     run, missing = results.study("run", tmp_path), results.study("missing", tmp_path)
     assert list(run["key"]) == ["a"] and missing.empty
     assert list(missing.columns) == list(run.columns)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        results.study("run", tmp_path / "elsewhere")
 
 
 def test_the_newest_row_of_a_key_counts(tmp_path):

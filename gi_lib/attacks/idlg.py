@@ -30,5 +30,5 @@ class IDLG(DLG):
             obs.need(self, *self.needs)
             if obs.batch_size != 1:
                 raise NotApplicableError(f"iDLG reads one label, got batch_size={obs.batch_size}; use DLG for a batch")
-            known.append(dataclasses.replace(obs, labels=labels.idlg(obs)))
+            known.append(dataclasses.replace(obs, labels=labels.infer(obs)))
         return super().many(known, rngs)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from gi_lib import data, metrics, models, provenance, results
 from gi_lib.attacks import ATTACKS
-from gi_lib.bench.cases import PROFILES, Case, Profile, key, text
+from gi_lib.bench.cases import PROFILES, Case, key, text
 from gi_lib.bench.cost import peak_mb, reset_peak, training_step_seconds, wait
 from gi_lib.bench.workers import pool
 from gi_lib.federated import observe
@@ -30,7 +30,6 @@ from gi_lib.types import Images, NotApplicableError, Scores
 __all__ = [
     "PROFILES",
     "Case",
-    "Profile",
     "attempt",
     "key",
     "measure",
@@ -130,14 +129,15 @@ def _measure_all(
             yield from measure(cases, root, device)
         return
     futures = [executor.submit(measure, cases, root, device) for cases in groups]
+    broken = None
     try:
         for future in as_completed(futures):
-            yield from future.result()
-    except BrokenExecutor as error:
-        raise RuntimeError(
-            "a worker process died, most often because memory ran out; what is done is kept. Run the study"
-            " again with fewer workers to go on"
-        ) from error
+            try:
+                measured = future.result()
+            except BrokenExecutor as error:
+                broken = error  # and others may be done that come after this one
+            else:
+                yield from measured
     except pickle.PicklingError as error:
         raise ValueError(
             f"a case can't be sent to a worker process ({error}); define its attack in a module that can be"
@@ -146,6 +146,11 @@ def _measure_all(
     finally:
         for future in futures:
             future.cancel()
+    if broken is not None:
+        raise RuntimeError(
+            "a worker process died, most often because memory ran out; what is done is kept. Run the study"
+            " again with fewer workers to go on"
+        ) from broken
 
 
 def measure(cases: Sequence[Case], root: Path | None, device: str) -> list[Measured]:
@@ -202,10 +207,13 @@ def attempt(cases: Sequence[Case], root: Path | None, device: str) -> list[Measu
             **_scores(scores),
             "identified": metrics.identified(rec.images[scores.permutation], batch.images, candidates).tolist(),
             "loss": rec.loss if math.isfinite(rec.loss) else None,
-            "restart_losses": [value if math.isfinite(value) else None for value in rec.trace[-1].tolist()],
+            "restart_losses": [value if math.isfinite(value) else None for value in rec.trace[-1:].flatten().tolist()]
+            or None,
             "steps": rec.steps,
             "gradient_evaluations": rec.gradient_evaluations,
-            "evaluation_training_steps": seconds / step_seconds / rec.gradient_evaluations,
+            "evaluation_training_steps": seconds / step_seconds / rec.gradient_evaluations
+            if rec.gradient_evaluations
+            else None,
         }
         measured.append((record, (batch.images, rec.images[scores.permutation])))
     return measured

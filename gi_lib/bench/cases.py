@@ -1,4 +1,4 @@
-"""What is run: a Case is one attack on one batch, with its key; a Profile says how much a run may cost."""
+"""What is run: a Case is one attack on one batch, with its key."""
 
 import dataclasses
 import hashlib
@@ -15,34 +15,12 @@ from gi_lib.types import LocalUpdate, Observation, Reconstruction, nearest
 Attack = Callable[[Observation, torch.Generator], Reconstruction]
 
 
-@dataclass(frozen=True)
-class Profile:
-    """How much a run may cost.
-
-    Args:
-        name: its key in PROFILES.
-        images: images attacked for each cell of a table.
-        restarts: starts of an attack, of which the one with the smallest loss counts.
-        seeds: repetitions where the model is random.
-        budget: fraction of the paper's steps.
-    """
-
-    name: str
-    images: int
-    restarts: int
-    seeds: int
-    budget: float
-
-    def steps(self, paper: int) -> int:
-        """The share of the paper's steps that this profile affords, at least one."""
-        return max(1, round(self.budget * paper))
-
-
 PROFILES = {
-    "smoke": Profile("smoke", images=1, restarts=1, seeds=1, budget=0.01),
-    "quick": Profile("quick", images=4, restarts=4, seeds=1, budget=0.1),
-    "survey": Profile("survey", images=8, restarts=8, seeds=3, budget=1.0),
+    "smoke": "tests: embedded data, seconds a case",
+    "quick": "a reader's laptop: about a minute a chapter",
+    "survey": "the published numbers; the record says what was spent",
 }
+"""What a run is for. A profile is written down with its case; each study and chapter says what it means there."""
 
 
 LATER = {"later": True}

@@ -174,10 +174,10 @@ def _find(name: str, split: str, size: int, folder: str | Path | None, download:
     pack = where / name / f"{split}.npz"
     if name == "imagenet":
         return read_imagenet(where / name, split, size)
-    if name == "celeba":
-        return read_celeba(where / name, split, size)
     if pack.exists():
         return read_pack(pack, DATASETS[name])
+    if name == "celeba":
+        return read_celeba(where / name, split, size)
     if name == "faces":
         raise DataError(
             f"there is no {pack}, and the faces can't be downloaded; make that file from the AT&T (ORL)"

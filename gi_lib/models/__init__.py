@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,8 +29,10 @@ class Classifier(nn.Module):
     def __init__(self, net: nn.Module, *, mean, std, num_classes: int):
         super().__init__()
         self.net, self.num_classes = net, num_classes
-        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).reshape(-1, 1, 1))
-        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).reshape(-1, 1, 1))
+        device = next((p.device for p in net.parameters()), None)
+        for name, value in (("mean", mean), ("std", std)):
+            value = torch.as_tensor(value, dtype=torch.float32, device=device)
+            self.register_buffer(name, value.reshape(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net((x - self.mean) / self.std)
@@ -89,7 +92,7 @@ def pretrained(name: str, *, root: Path) -> Classifier:
     Raises:
         ValueError: the name is unknown.
         FileNotFoundError: the file is not below `root`.
-        RuntimeError: the file has not the network's weights.
+        RuntimeError: the file is damaged, or has another network's weights.
     """
     if name not in WEIGHTS:
         raise ValueError(nearest(name, WEIGHTS, "set of weights"))
@@ -103,7 +106,10 @@ def pretrained(name: str, *, root: Path) -> Classifier:
     model = build(
         entry.model, num_classes=entry.num_classes, image_shape=entry.image_shape, mean=entry.mean, std=entry.std
     )
-    model.net.load_state_dict(load_file(path))
+    try:
+        model.net.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise RuntimeError(f"{path} is damaged, or another network's: {error}; copy it afresh") from error
     return model
 
 
@@ -121,7 +127,7 @@ def torch_default(layer: nn.Conv2d | nn.Linear, rng: torch.Generator) -> None:
 
 
 def he_fan_out(layer: nn.Conv2d | nn.Linear, rng: torch.Generator) -> None:
-    """Convolutions N(0, 2 / fan_out) (He et al., 2015) with biases 0, dense layers PyTorch's own; torchvision's."""
+    """Convolutions N(0, 2 / fan_out) (He et al., 2015) with biases 0, dense layers PyTorch's own: ResNet's."""
     if isinstance(layer, nn.Conv2d):
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=rng)
         if layer.bias is not None:

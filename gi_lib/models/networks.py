@@ -35,6 +35,8 @@ def lenet(num_classes: int, image_shape: Shape) -> nn.Module:
 def convnet(num_classes: int, image_shape: Shape, width: int = 64) -> nn.Module:
     """The ConvNet of Inverting Gradients: eight 3x3 convolutions with batch norm and ReLU, two 3x3 max pools."""
     c, h, w = image_shape
+    if min(h, w) < 9:
+        raise ValueError(f"convnet pools by 9 and takes images from 9 x 9 pixels on, got {h} x {w}; load them larger")
     layers: list[nn.Module] = []
     for i, out in enumerate([1, 2, 2, 4, 4, 4, 4, 4]):
         layers += [nn.Conv2d(c, out * width, 3, padding=1), nn.BatchNorm2d(out * width), nn.ReLU()]
