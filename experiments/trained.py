@@ -1,7 +1,8 @@
 """Inverting Gradients on public trained networks and on untrained ones of the same shape, labels known, one start.
 
 LeNet-5 on MNIST at 32 pixels, ResNet-56 on CIFAR-10, SqueezeNet 1.1 on ImageNet at 224 pixels. ResNet-20 is in the
-study `inverting_gradients`. Image i meets the untrained network drawn from seed i. The steps are what a processor without a GPU affords.
+study `inverting_gradients`. Image i meets the untrained network drawn from seed i. The steps are what a processor
+without a GPU affords.
 """
 
 from gi_lib import ThreatModel
