@@ -1,8 +1,8 @@
 """Inverting Gradients on single CIFAR-10 images (Geiping et al., NeurIPS 2020), labels known.
 
-Three networks: the ConvNet untrained, a CIFAR ResNet-20 untrained, and the public trained one of the same
-shape, which normalises its input by ImageNet's statistics as it was trained to. One start each. The paper
-runs up to 24,000 steps; STEPS is what a processor without a GPU affords. DLG's LeNet is small enough for all
+The ConvNet untrained, a CIFAR ResNet-20 untrained, and the public trained one of the same shape, which
+normalises its input by ImageNet's statistics as it was trained to. One start each. The authors are quoted second
+hand with up to 24,000 steps; STEPS is what a processor without a GPU affords. DLG's LeNet is small enough for
 24,000, and is drawn anew for each image, since its draw decides much.
 """
 

@@ -136,11 +136,12 @@ def test_observations_that_do_not_go_together_are_refused(client):
         attack.many([obs], rngs)
 
 
-@pytest.mark.parametrize("field", ["batch_size", "update"])
-def test_a_withheld_need_is_answered_by_an_error(contract, client, rng, field):
-    attack, name = contract
-    if field not in attack.needs:
-        pytest.skip(f"{type(attack).__name__} does not need it")
+NEEDS = [(key, field) for key, (attack, _) in CONTRACT.items() for field in attack.needs]
+
+
+@pytest.mark.parametrize(("key", "field"), NEEDS)
+def test_a_withheld_need_is_answered_by_an_error(client, rng, key, field):
+    attack, name = CONTRACT[key]
     withheld = {"batch_size": {"knows_batch_size": False}, "update": {"update": FedAvg(2)}}[field]
     obs, _ = client(name, 1, (3, 12, 12), **withheld)
     with pytest.raises(WithheldError, match=rf"{type(attack).__name__} needs .* withholds it; observe with"):

@@ -7,8 +7,8 @@ optimiser moves z = (x - mean) / std, the image as the model sees it: there it s
 there TV is taken, and there the box is clamped after each step, all as in the public code.
 
 Needs: the batch size; labels are known, or inferred (idlg for one image, column_min for a batch).
-Departs from the paper: restarts are stacked instead of run one after another, and the default takes
-4,800 steps; the authors run up to 24,000.
+Departs from the paper: restarts are stacked instead of run one after another. The default of 4,800 steps is
+that of the public script for the baselines; up to 24,000 are quoted second hand.
 """
 
 from collections.abc import Sequence
