@@ -127,7 +127,7 @@ def torch_default(layer: nn.Conv2d | nn.Linear, rng: torch.Generator) -> None:
 
 
 def he_fan_out(layer: nn.Conv2d | nn.Linear, rng: torch.Generator) -> None:
-    """Convolutions N(0, 2 / fan_out) (He et al., 2015) with biases 0, dense layers PyTorch's own: ResNet's."""
+    """Convolutions N(0, 2 / fan_out) with biases 0 (He et al., 2015), dense layers PyTorch's own."""
     if isinstance(layer, nn.Conv2d):
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=rng)
         if layer.bias is not None:
