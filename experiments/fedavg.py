@@ -3,7 +3,7 @@
 Image i meets the network drawn from seed i.
 """
 
-from gi_lib import FedAvg, ThreatModel
+from gi_lib import Client, ThreatModel
 from gi_lib.attacks import InvertingGradients
 from gi_lib.bench import Case
 
@@ -20,7 +20,7 @@ CASES = [
         indices=(i,),
         seed=i,
         threat=KNOWN,
-        update=FedAvg(T, lr=LR),
+        client=Client(steps=T, lr=LR),
         profile="survey",
     )
     for i in range(4)

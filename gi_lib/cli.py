@@ -1,26 +1,23 @@
-"""The `gi` command."""
+"""The `gi` command. What a subcommand needs is imported when it runs, so that `--help` waits for nothing."""
 
-import inspect
 import re
-import runpy
 import shutil
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
 import typer
 from typer.core import TyperGroup
 
 import gi_lib
-from gi_lib import FedAvg, ThreatModel, bench, data, models, provenance, results
-from gi_lib.attacks import ATTACKS
-from gi_lib.federated import fedsgd
-from gi_lib.types import nearest
+
+if TYPE_CHECKING:
+    from gi_lib.bench import Case
+    from gi_lib.federated import ThreatModel
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -31,9 +28,16 @@ A first attack, on an embedded dataset, in seconds:
     gi attack dlg --model lenet --dataset digits --indices 0
 A photograph, four starts at once, the label known to the attacker:
     gi attack inverting_gradients --model convnet --dataset photos --labels --restarts 4 --steps 200
+A malicious server, and a client that adds noise; settings follow a colon:
+    gi attack robbing_the_fed:bins=64 --model convnet --dataset photos --indices 0-7
+    gi attack bias_ratio --model mlp --defense gaussian_noise:std=0.01
+Your own network, or a library's:
+    gi attack inverting_gradients --model torchvision:resnet18 --dataset photos --steps 50
 What there is, and what each attack needs:
     gi list
-A study: a file with a list CASES. Stop it at any time; the same command goes on:
+A study: a Python file with a list CASES, which is executed. What it would take; then to run
+it. Stop it at any time; the same command goes on:
+    gi run experiments/dlg.py --plan
     gi run experiments/dlg.py --workers 2
 Its summary, one line a group:
     gi table results/dlg.jsonl --by model,threat
@@ -46,7 +50,8 @@ there is downloaded by torchvision, where it can be.
 
 \b
 Exit codes. 0: done. 1: an attack failed, or a value is still missing. 2: bad input, a
-missing file, a full disk. 130: interrupted by Ctrl-C; what was written stays.
+missing file, a full disk, a study that another process runs. 130: interrupted by Ctrl-C;
+what was written stays.
 """
 
 
@@ -115,133 +120,272 @@ def _gi(
 
 @app.command()
 def attack(
-    name: Annotated[str, typer.Argument(help="An attack of `gi list attacks`.")],
-    model: Annotated[str, typer.Option(help="A model of `gi list models`.")] = "lenet",
+    name: Annotated[str, typer.Argument(help="An attack of `gi list attacks`, with settings: dlg:lr=0.5,history=10.")],
+    model: Annotated[
+        str,
+        typer.Option(help="A model of `gi list models`, torchvision:NAME, timm:NAME, or package.module:factory."),
+    ] = "lenet",
     dataset: Annotated[str, typer.Option(help="A dataset of `gi list datasets`.")] = "digits",
     indices: Annotated[str, typer.Option(help="The images of the batch, such as 0,1 or 0-3.")] = "0",
     labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Tell the attacker the labels.")] = False,
-    steps: Annotated[int | None, typer.Option(min=1, show_default="the paper's")] = None,
-    restarts: Annotated[int | None, typer.Option(min=1, help="Starts, run as one batch.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the weights and the attack.")] = 0,
+    steps: Annotated[int | None, typer.Option(show_default="the paper's")] = None,
+    restarts: Annotated[int | None, typer.Option(help="Starts, run as one batch.", show_default="the paper's")] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights, the attack and the clients.")] = 0,
     size: Annotated[int | None, typer.Option(help="Side of the images in pixels.")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Public weights of `gi list models`.", show_default="untrained")
+        str | None,
+        typer.Option(
+            help="Public weights of `gi list models`, or name@hash of a checkpoint.", show_default="untrained"
+        ),
     ] = None,
+    train: Annotated[bool, typer.Option("--train/--eval", help="The mode of the client's model.")] = False,
     local_steps: Annotated[
-        int | None, typer.Option(min=1, help="FedAvg with this many local steps, known to the attacker.")
+        int | None, typer.Option(help="FedAvg with this many local steps, known to the attacker.")
     ] = None,
     local_lr: Annotated[float, typer.Option(help="The learning rate of those steps.")] = 0.01,
+    clients: Annotated[int, typer.Option(help="Clients that share the batch; the attacker sees their mean.")] = 1,
+    defense: Annotated[str | None, typer.Option(help="A defense of `gi list defenses`, with settings.")] = None,
     out: Annotated[Path, typer.Option(help="The picture: truth above, reconstruction below.")] = Path("attack.png"),
     root: Root = None,
     device: Device = None,
 ) -> None:
     """Run one attack on one batch, print its scores, write the picture.
 
+    The attacker is granted what the attack can't do without; the threat model is printed.
+
     \b
     gi attack dlg --model lenet --dataset digits --indices 0
     gi attack inverting_gradients --dataset photos --indices 0,1 --labels --out photos.png
     """
-    if name not in ATTACKS:
-        raise ValueError(nearest(name, ATTACKS, "attack"))
+    from gi_lib import Client, bench, provenance, results
+    from gi_lib.attacks import ATTACKS
+    from gi_lib.defenses import DEFENSES
+
     given = {k: v for k, v in {"steps": steps, "restarts": restarts}.items() if v is not None}
-    for option in given.keys() - inspect.signature(ATTACKS[name]).parameters.keys():
-        raise ValueError(f"{name} has no {option}; leave --{option} out")
+    chosen = from_spec(name, ATTACKS, "attack", given)
+    threat = _granted(chosen, labels=labels, details=local_steps is not None)
     case = bench.Case(
-        ATTACKS[name](**given),
+        chosen,
         model,
         dataset,
         parse_indices(indices),
         seed=seed,
         weights=weights,
         size=size,
-        threat=ThreatModel(knows_labels=labels, knows_training_details=local_steps is not None),
-        update=fedsgd if local_steps is None else FedAvg(local_steps, local_lr),
+        threat=threat,
+        client=Client() if local_steps is None else Client(steps=local_steps, lr=local_lr),
+        defense=None if defense is None else from_spec(defense, DEFENSES, "defense"),
+        train=train,
+        clients=clients,
+        auxiliary=dataset if threat.has_auxiliary_data else None,
     )
-    [(record, (truth, images))] = bench.attempt([case], root, provenance.choose_device(device))
+    try:
+        record, picture = bench.attempt(case, root, provenance.choose_device(device))
+    except bench.AttackError as error:
+        raise error.__cause__ or error from None
+    assert picture is not None
+    truth, images = picture
     results.write_picture(out, truth, images, zoom=max(1, 128 // truth.shape[-1]))
-    lpips = "missing" if record["lpips"] is None else f"{_mean(record['lpips']):.3f}"
-    print(f"{record['attack_text']}\non {model}, {weights or 'untrained'}; {dataset} {list(case.indices)}")
+    print(f"{record['attack_text']}; {bench.text(case.threat, brief=True)}, letter {record['threat_letter']}")
+    print(f"on {model}, {weights or 'untrained'}; {dataset} {list(case.indices)}; {record['client']}")
+    labels_found = record["label_accuracy"]
     print(
-        f"PSNR {_mean(record['psnr']):.2f} dB, SSIM {_mean(record['ssim']):.3f}, LPIPS {lpips},"
-        f" MSE {_mean(record['mse']):.2e}, labels {record['label_accuracy']:.0%}"
+        f"PSNR {_mean(record['psnr'], '.2f')} dB, the image's mean colour {_mean(record['floor'], '.2f')};"
+        f" SSIM {_mean(record['ssim'], '.3f')}, LPIPS {_mean(record['lpips'], '.3f')}, MSE {_mean(record['mse'], '.2e')},"
+        f" labels {'unknown' if labels_found is None else format(labels_found, '.0%')}"
     )
+    print(
+        f"recovered {record['recall']:.0%}, identified {_mean(record['identified'], '.0%')} (chance"
+        f" {record['chance']:.1%}); returned {record['returned']} of {record['batch_size']} images"
+    )
+    loss = "unknown" if record["loss"] is None else f"{record['loss']:.2e}"
     print(
         f"{record['seconds']:.1f} s on {record['device']}: {record['steps']} steps,"
-        f" as long as {record['training_steps']:,.0f} training steps; matching loss {record['loss']:.2e}"
+        f" as long as {record['training_steps']:,.0f} training steps; matching loss {loss}"
     )
     print(f"picture: {out}")
 
 
+def _granted(attack: Any, *, labels: bool, details: bool) -> "ThreatModel":
+    """The least threat model under which the attack runs."""
+    from gi_lib import ThreatModel
+    from gi_lib.types import Needs
+
+    facts = getattr(attack, "needs", Needs()).facts
+    return ThreatModel(
+        knows_labels=labels or "labels" in facts,
+        knows_training_details=details,
+        knows_order="order" in facts,
+        knows_bn_stats="bn_stats" in facts,
+        knows_buffers="buffers" in facts,
+        knows_defense="defense" in facts,
+        has_auxiliary_data="auxiliary" in facts or hasattr(attack, "plant"),
+        malicious_server="trapdoor" in facts,
+    )
+
+
+MOST_INDICES = 4096
+
+
 def parse_indices(text: str) -> tuple[int, ...]:
     """ "0,2-4" -> (0, 2, 3, 4)."""
-    found: list[int] = []
+    ranges = []
     for part in text.split(","):
-        numbers = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        numbers = re.fullmatch(r"\s*(\d{1,12})(?:-(\d{1,12}))?\s*", part)
         if numbers is None:
-            raise ValueError(f"--indices {text!r} is not a list of whole numbers such as 0,1 or 0-3")
-        first, last = int(numbers[1]), int(numbers[2] or numbers[1])
-        found += range(first, last + 1)
-    return tuple(found)
+            raise ValueError(f"--indices {text!r:.60} is not a list of whole numbers such as 0,1 or 0-3")
+        ranges.append(range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1))
+    if sum(map(len, ranges)) > MOST_INDICES:
+        raise ValueError(f"--indices {text!r:.60} is more than {MOST_INDICES} images; a batch of so many is no one's")
+    return tuple(i for part in ranges for i in part)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def from_spec(spec: str, registry: Mapping[str, type], kind: str, more: Mapping[str, Any] | None = None) -> Any:
+    """ "name:field=value,field=value" -> the dataclass of that name with these settings.
+
+    Raises:
+        ValueError: the name or a field is unknown, or a value is not of its type.
+    """
+    import dataclasses
+
+    from gi_lib.types import nearest
+
+    name, _, settings = spec.partition(":")
+    if name not in registry:
+        raise ValueError(nearest(name, registry, kind))
+    fields = {f.name: f for f in dataclasses.fields(registry[name])}
+    given = dict(more or {})
+    for setting in filter(None, settings.split(",")):
+        field, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"{spec!r}: settings are written field=value, separated by commas")
+        given[field.strip()] = _value(value.strip())
+    for field in given:
+        if field not in fields:
+            raise ValueError(f"{nearest(field, fields, f'setting of {name}')}")
+    return registry[name](**given)
+
+
+def _value(text: str) -> int | float | bool | None | str:
+    plain = {"True": True, "False": False, "None": None}
+    if text in plain:
+        return plain[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _mean(values: Sequence[float | None] | None, digits: str) -> str:
+    numbers = [value for value in values or () if value is not None]
+    return format(sum(numbers) / len(numbers), digits) if numbers else "missing"
 
 
 @app.command()
 def run(
-    study: Annotated[Path, typer.Argument(help="A Python file with a list CASES.")],
+    study: Annotated[Path, typer.Argument(help="A Python file with a list CASES; it is executed.")],
     out: Annotated[Path, typer.Option(help="Folder for NAME.jsonl and the pictures.")] = Path("results"),
-    workers: Annotated[int, typer.Option(min=1, help="Processes; each has one thread if there are more.")] = 1,
-    together: Annotated[int, typer.Option(min=1, help="Cases of one network to stack, where the attack can.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes, each with one thread.")] = 1,
+    limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds after which a case is ended and counts as failed.", show_default="the study's LIMIT"
+        ),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what is left to run and how long it takes, and end.")
+    ] = False,
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            help="Run on Dask: a scheduler's address, a scheduler file, or `local`.", show_default="processes"
+        ),
+    ] = None,
     root: Root = None,
     device: Device = None,
 ) -> None:
     """Run what is missing of a study; failed cases are tried again.
 
-    Ctrl-C stops it: what is done is kept, and the same command goes on.
+    The file is executed as Python: run only studies that you trust. A case runs in a process of its own kind: one
+    that runs out of memory, aborts or takes too long fails alone. Ctrl-C stops it: what is done is kept, and the same
+    command goes on.
 
     \b
-    gi run experiments/dlg.py
-    gi run experiments/dlg.py --workers 4 --out /tmp/results
+    gi run experiments/dlg.py --plan
+    gi run experiments/dlg.py --workers 4 --limit 3600 --out /tmp/results
     """
-    cases = load_study(study)
+    from gi_lib import bench, provenance, results
+
+    cases, own_limit = load_study(study)
     path = out / f"{study.stem}.jsonl"
+    if plan:
+        _print_plan(bench.missing(cases, path), cases, bench.plan, root, provenance.choose_device(device), workers)
+        return
     try:
-        if workers == 1:
-            records = bench.run(cases, path, together=together, root=root, device=device)
+        if dask is not None:
+            if limit is not None:
+                raise ValueError("--limit is for this machine's processes; Dask has limits of its own")
+            engine: Any = bench.cluster(dask, workers)
         else:
-            with bench.pool(workers) as executor:
-                records = bench.run(cases, path, executor=executor, together=together, root=root, device=device)
+            engine = bench.pool(workers, limit or own_limit)
+        with engine as executor:
+            records = bench.run(cases, path, executor=executor, root=root, device=device)
     except KeyboardInterrupt:
         kept = sum(row["status"] == "ok" for row in results.rows(path)) if path.exists() else 0
         _complain(f"interrupted; {kept} finished cases are kept in {path}, the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
-    failed = [row for row in records if row["status"] == "failed"]
-    print(f"{len(records) - len(failed)} of {len(records)} cases ok; records: {path}")
-    for row in failed:
-        _complain(f"failed: {row['attack']} on {row['model']}, {row['dataset']} {row['indices']}: {row['error']}")
-    if failed:
+    counts = {status: sum(row["status"] == status for row in records) for status in ("ok", "not applicable", "failed")}
+    said = ", ".join(f"{n} {status}" for status, n in counts.items() if n or status == "ok")
+    print(f"{said}, of {len(records)} cases; records: {path}")
+    for row in records:
+        if row["status"] == "failed":
+            _complain(f"failed: {row['attack']} on {row['model']}, {row['dataset']} {row['indices']}: {row['error']}")
+    if counts["failed"]:
         raise typer.Exit(FAILED)
 
 
-def load_study(path: Path) -> list[bench.Case]:
-    """The list CASES of a Python file.
+def _print_plan(
+    left: Sequence["Case"], cases: Sequence["Case"], plan: Callable, root: Path | None, device: str, workers: int
+) -> None:
+    cells = plan(left, root, device)
+    for cell in cells:
+        if cell.reason is None:
+            print(f"{cell.cases:5d} x {cell.seconds:8.1f} s  {cell.name}")
+        else:
+            print(f"{cell.cases:5d} do not run  {cell.name}: {' '.join(cell.reason.split())}")
+    apply = [cell for cell in cells if cell.reason is None]
+    hours = sum(cell.cases * cell.seconds for cell in apply) / 3600
+    runs = sum(cell.cases for cell in apply)
+    print(
+        f"{len(cases) - len(left)} of {len(cases)} cases are done; {runs} run, {len(left) - runs} do not;"
+        f" about {hours:.2g} hours of one process, {hours / workers:.2g} with {workers}"
+    )
+
+
+def load_study(path: Path) -> "tuple[list[Case], float | None]":
+    """CASES of a Python file, and its LIMIT in seconds, if it has one.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it can't be run, or has no cases.
     """
+    import runpy
+
+    from gi_lib.bench import Case
+
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in Path("experiments").glob("*.py")))
         raise FileNotFoundError(f"there is no study at {path}{known and '; known: ' + known}")
     try:
-        cases = runpy.run_path(str(path)).get("CASES")
+        found = runpy.run_path(str(path))
+        cases = list(found.get("CASES") or ())
     except Exception as error:
         raise ValueError(f"{path} could not be run: {type(error).__name__}: {error}") from error
-    if not cases or not all(isinstance(case, bench.Case) for case in cases):
+    if not cases or not all(isinstance(case, Case) for case in cases):
         raise ValueError(f"{path} needs a list CASES of gi_lib.bench.Case with at least one entry")
-    return list(cases)
+    return cases, found.get("LIMIT")
 
 
 @app.command()
@@ -264,6 +408,10 @@ def table(
     gi table results/dlg.jsonl
     gi table results --by attack,threat_letter,defense
     """
+    import pandas as pd
+
+    from gi_lib import results
+
     columns = None if by is None else [name.strip() for name in by.split(",")]
     summary = results.summarise(results.read(path), columns)
     with pd.option_context("display.width", None, "display.max_columns", None):
@@ -280,6 +428,8 @@ def score(
     A run that can't have LPIPS leaves it empty. This needs the package lpips, and AlexNet's weights in the
     data root or by download.
     """
+    from gi_lib import bench
+
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     left = 0
     for file in files:
@@ -294,11 +444,12 @@ class Kind(StrEnum):
     attacks = "attacks"
     models = "models"
     datasets = "datasets"
+    defenses = "defenses"
 
 
 @app.command("list")
-def list_(kind: Annotated[Kind | None, typer.Argument(show_default="all three")] = None) -> None:
-    """List attacks, models and datasets, with what each needs."""
+def list_(kind: Annotated[Kind | None, typer.Argument(show_default="all four")] = None) -> None:
+    """List attacks, models, datasets and defenses, with what each needs."""
     width = max(60, shutil.get_terminal_size((100, 0)).columns)
     for wanted in [kind] if kind else list(Kind):
         if not kind:
@@ -310,29 +461,60 @@ def list_(kind: Annotated[Kind | None, typer.Argument(show_default="all three")]
                 indent = " " * 24
 
 
-def _attacks():
+Entries = Iterator[tuple[str, list[str]]]
+
+
+def _first_line(thing: object) -> str:
+    import inspect
+
+    return (inspect.getdoc(thing) or "").partition("\n")[0]
+
+
+def _attacks() -> Entries:
+    from gi_lib.attacks import ATTACKS
+
     for name, cls in ATTACKS.items():
-        paper = inspect.getdoc(sys.modules[cls.__module__])
-        needs = re.search(r"^Needs: (.+?)(?=^Departs|^$|\Z)", paper, re.DOTALL | re.MULTILINE)
-        yield name, [paper.partition("\n")[0], "needs " + " ".join(needs[1].split()).rstrip(".")]
+        yield name, [_first_line(sys.modules[cls.__module__]), f"needs {cls.needs}"]
 
 
-def _models():
+def _models() -> Entries:
+    from gi_lib import models
+
     for name, entry in models.MODELS.items():
-        about = [entry.about.partition("\n")[0], inspect.getdoc(entry.initialise)]
+        about = [entry.about.partition("\n")[0], _first_line(entry.initialise)]
         for weights, w in models.WEIGHTS.items():
             if w.model == name:
                 about.append(f"--weights {weights}: {w.source}; needs weights/{w.file} in the data root")
         yield name, about
+    yield "torchvision:NAME", ["a classifier of torchvision, untrained, with its normalisation"]
+    yield "timm:NAME", ["a classifier of timm, which must be installed"]
+    yield "module:factory", ["your own: factory(num_classes, image_shape) -> torch.nn.Module"]
 
 
-def _datasets():
+def _datasets() -> Entries:
+    from gi_lib import data
+
     for name, spec in data.DATASETS.items():
         yield name, [spec.about, f"from {spec.source}; licence: {spec.licence}"]
 
 
-LISTS = {Kind.attacks: _attacks, Kind.models: _models, Kind.datasets: _datasets}
+def _defenses() -> Entries:
+    from gi_lib.defenses import DEFENSES
+
+    for name, cls in DEFENSES.items():
+        yield name, [_first_line(cls)]
+
+
+LISTS = {Kind.attacks: _attacks, Kind.models: _models, Kind.datasets: _datasets, Kind.defenses: _defenses}
+
+
+def main() -> None:
+    """What the installed `gi` runs."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that has no letter for a name shows a question mark
+    app()
 
 
 if __name__ == "__main__":
-    app()
+    main()

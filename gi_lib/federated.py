@@ -1,250 +1,715 @@
-"""What a client computes and what of it the attacker sees.
+"""What clients compute and what of it the attacker sees.
 
-`observe` is the only way from a Batch to an Observation.
+`observe` is the only way from a Batch to an Observation; `receive` makes one of an update that came from elsewhere.
 """
 
-import copy
+import contextlib
+import inspect
 import threading
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gi_lib.defenses import Defense
-from gi_lib.types import Batch, Gradient, LocalUpdate, Observation
+from gi_lib.copies import (
+    BatchNorm,
+    attackers_copy,
+    batch_norms,
+    batch_statistics,
+    bn_statistics,
+    functional_copy,
+    inputs_of_batch_norms,
+    masks,
+    unwrapped,
+)
+from gi_lib.execution import second_derivatives
+from gi_lib.labels import loss_scale
+from gi_lib.models import wrap
+from gi_lib.types import (
+    Auxiliary,
+    Batch,
+    Classifier,
+    ClientUpdate,
+    Gradient,
+    Observation,
+    Order,
+    Parameters,
+    Rule,
+    Sent,
+    Statistics,
+    real,
+    whole,
+)
 
+revision = 1
+"""Of what clients compute: raised when it changes, so that all cases run again."""
 
-@torch.enable_grad()
-def fedsgd(model: nn.Module, images: Tensor, labels: Tensor) -> Gradient:
-    """One gradient of the mean cross-entropy: g = d/dtheta 1/B sum_b CE(f_theta(x_b), y_b).
-
-    Args:
-        model: left as it is.
-        images: [B, C, H, W] in [0, 1].
-        labels: int64 [B], or soft labels [B, K] whose rows sum to one.
-
-    Returns:
-        One tensor for each trainable parameter, differentiable in images and labels.
-    """
-    if torch._C._functorch.is_functorch_wrapped_tensor(images):
-        return _loss_gradient(model, _parameters(model), images, labels)
-    theta = _parameters(model)
-    loss = F.cross_entropy(model(images), labels)
-    return dict(zip(theta, torch.autograd.grad(loss, list(theta.values()), create_graph=True), strict=True))
+_SWAPPED, _DRAWN = threading.Lock(), threading.Lock()
+"""One thread at a time: functional_call swaps the parameters of the one module in place, and a model that draws does
+so from the one global generator."""
 
 
 @dataclass(frozen=True)
-class FedAvg:
-    """Several local SGD steps (McMahan et al., AISTATS 2017, arXiv:1602.05629).
+class LossGradient:
+    """The rule of one step: g = d/dtheta 1/B sum_b loss(f_theta(x_b), y_b); the loss is the cross-entropy.
 
-    The client steps theta_(t+1) = theta_t - lr g(theta_t), through its batch in order and round again, and
-    sends theta_T. The result is (theta_0 - theta_T) / lr, so that one step gives exactly `fedsgd`.
-
-    Args:
-        local_steps: T, at least 1.
-        lr: learning rate of the client, above 0.
-        local_batch_size: images a step; None takes the whole batch in every step. It must divide B.
+    `loss_gradient` is this rule; `loss_gradient.of(loss)` takes another loss: (logits [B, K], labels [B] or soft
+    labels [B, K]) -> a scalar.
     """
 
-    local_steps: int = 1
-    lr: float = 0.01
-    local_batch_size: int | None = None
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    revision = 1
+
+    def of(self, loss: Callable[[Tensor, Tensor], Tensor]) -> "LossGradient":
+        return LossGradient(loss)
+
+    def __call__(self, model: nn.Module, theta: Gradient, images: Tensor, labels: Tensor) -> Gradient:
+        """Under vmap only torch.func.grad works; outside it plain autograd is 1.5 to 1.9 times faster on a CPU."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return torch.func.grad(lambda theta: self.loss(_call(model, theta, images), labels))(dict(theta))
+        value = self.loss(_call(model, theta, images), labels)
+        found = torch.autograd.grad(
+            value, list(theta.values()), create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(theta, found, strict=True))
+
+
+loss_gradient = LossGradient()
+
+
+def _call(model: nn.Module, theta: Gradient, images: Tensor) -> Tensor:
+    functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    if isinstance(theta, Parameters) and theta.model is model and not functorch:
+        return model(images)
+    with _SWAPPED:
+        return functional_call(model, dict(theta), (images,))
+
+
+@dataclass(frozen=True)
+class SGD:
+    """A client's stochastic gradient descent, as torch.optim.SGD has it."""
+
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
 
     def __post_init__(self):
-        size = self.local_batch_size
-        if self.local_steps < 1 or self.lr <= 0 or (size is not None and size < 1):
-            raise ValueError(f"{self} needs local_steps >= 1, lr > 0 and local_batch_size >= 1")
+        real(self, "momentum", "dampening", "weight_decay")
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError(f"Nesterov's momentum needs momentum > 0 and no dampening, got {self}")
 
-    @torch.enable_grad()
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Gradient:
-        size = self.local_batch_size or len(images)
-        if len(images) % size:
-            raise ValueError(f"local_batch_size={size} does not divide the batch of {len(images)}; choose a divisor")
-        theta = _parameters(model)
-        total = {name: torch.zeros_like(p) for name, p in theta.items()}
-        for t in range(self.local_steps):
-            start = t * size % len(images)
-            g = _loss_gradient(model, theta, images[start : start + size], labels[start : start + size])
-            theta = {name: p - self.lr * g[name] for name, p in theta.items()}
-            total = {name: p + g[name] for name, p in total.items()}
-        return total
-
-
-_SWAPPED_PARAMETERS = threading.Lock()
-"""functional_call swaps the parameters of the one module in place: one thread at a time."""
+    def direction(self, theta: Gradient, g: Gradient, state: list[Gradient], step: int) -> Gradient:
+        """What is subtracted from theta, over the rate; `state` goes from step to step."""
+        if self.weight_decay:
+            g = {name: d + self.weight_decay * theta[name] for name, d in g.items()}
+        if not self.momentum:
+            return g
+        if step:
+            [velocity] = state
+            velocity = {name: self.momentum * velocity[name] + (1 - self.dampening) * d for name, d in g.items()}
+        else:
+            velocity = g
+        state[:] = [velocity]
+        return {n: d + self.momentum * velocity[n] for n, d in g.items()} if self.nesterov else velocity
 
 
-def _parameters(model: nn.Module) -> Gradient:
-    """Name -> trainable parameter; listed once where the model is an attacker's copy."""
-    listed = getattr(model, "listed_parameters", None)
-    return listed or {name: p for name, p in model.named_parameters() if p.requires_grad}
+PLAIN = SGD()
 
 
-def _loss_gradient(model: nn.Module, theta: Gradient, images: Tensor, labels: Tensor) -> Gradient:
-    """d/dtheta of the mean cross-entropy at theta, differentiable in theta, images and labels.
+@dataclass(frozen=True)
+class Adam:
+    """A client's Adam (Kingma, Ba, ICLR 2015), as torch.optim.Adam has it; `decoupled` as AdamW."""
 
-    Under vmap only torch.func.grad works; outside it plain autograd is 1.5 to 1.9 times faster on a CPU.
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = False
+
+    def __post_init__(self):
+        real(self, "beta1", "beta2", "weight_decay")
+        real(self, "eps", above=0)
+        if self.beta1 >= 1 or self.beta2 >= 1:
+            raise ValueError(f"Adam needs beta1 < 1 and beta2 < 1, got {self}")
+
+    def direction(self, theta: Gradient, g: Gradient, state: list[Gradient], step: int) -> Gradient:
+        """As SGD's."""
+        if self.weight_decay and not self.decoupled:
+            g = {name: d + self.weight_decay * theta[name] for name, d in g.items()}
+        m, v = state or ({name: torch.zeros_like(d) for name, d in g.items()},) * 2
+        m = {name: self.beta1 * m[name] + (1 - self.beta1) * d for name, d in g.items()}
+        v = {name: self.beta2 * v[name] + (1 - self.beta2) * d * d for name, d in g.items()}
+        state[:] = [m, v]
+        bias1, bias2 = 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (step + 1)
+        found = {}
+        for name in g:
+            # The square root has no derivative at 0, where a gradient is exactly 0.
+            some = v[name] > 0
+            root = torch.where(some, torch.where(some, v[name], 1.0).sqrt(), 0.0) / bias2**0.5
+            found[name] = m[name] / bias1 / (root + self.eps)
+            if self.weight_decay and self.decoupled:
+                found[name] = found[name] + self.weight_decay * theta[name]
+        return found
+
+
+@dataclass(frozen=True)
+class Client:
+    """What one client computes: a rule of one step, and how often and on what it is applied.
+
+    Client() is FedSGD: it sends one gradient. Client(steps=8, lr=0.01) is FedAvg (McMahan et al., AISTATS 2017,
+    arXiv:1602.05629): theta_(t+1) = theta_t - lr d_t for T steps, through the batch in order and round again. What is
+    sent is (theta_0 - theta_T) / lr, so that one step of plain descent gives exactly the rule's gradient.
+
+    Args:
+        rule: the gradient of one step; `loss_gradient`, that of the mean cross-entropy.
+        steps: T, at least 1.
+        lr: learning rate, above 0.
+        local_batch: images a step; None takes the whole batch in every step. The last of an epoch may be smaller.
+        shuffle: whether each epoch takes the images in a new order, drawn from the client's generator.
+        optimiser: SGD or Adam.
     """
 
-    def loss(parameters):
-        with _SWAPPED_PARAMETERS:
-            logits = functional_call(model, parameters, (images,))
-        return F.cross_entropy(logits, labels)
+    rule: Rule = loss_gradient
+    steps: int = 1
+    lr: float = 1.0
+    local_batch: int | None = None
+    shuffle: bool = False
+    optimiser: SGD | Adam = PLAIN
 
-    if torch._C._functorch.is_functorch_wrapped_tensor(images):
-        return torch.func.grad(loss)(theta)
-    gradients = torch.autograd.grad(loss(theta), list(theta.values()), create_graph=True)
-    return dict(zip(theta, gradients, strict=True))
+    def __post_init__(self):
+        whole(self, "steps")
+        real(self, "lr", above=0)
+        if self.local_batch is not None:
+            whole(self, "local_batch")
+        if not callable(self.rule) or not isinstance(self.optimiser, SGD | Adam) or not isinstance(self.shuffle, bool):
+            raise ValueError(
+                f"a client needs a rule, SGD or Adam as optimiser, and shuffle True or False, got {self!r}"
+            )
+
+    def __str__(self) -> str:
+        more = {name: value for name, value in vars(self).items() if value != getattr(Client, name)}
+        name = "FedAvg" if self.steps > 1 or "optimiser" in more else "FedSGD"
+        if self.steps == 1 and "optimiser" not in more:
+            more.pop("lr", None)
+        return f"{name}({', '.join(f'{k}={v}' for k, v in more.items())})" if more else name
+
+    def schedule(self, size: int, rng: torch.Generator | None = None) -> Order:
+        """Which of `size` images enter each step; shuffled where the client does so and `rng` is given."""
+        n = min(self.local_batch or size, size)
+        order: list[Tensor] = []
+        while len(order) < self.steps:
+            epoch = torch.randperm(size, generator=rng) if self.shuffle and rng else torch.arange(size)
+            order += epoch.split(n)
+        return tuple(order[: self.steps])
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        theta: Gradient | None = None,
+        order: Order | None = None,
+        rng: torch.Generator | None = None,
+    ) -> Gradient:
+        """What the client sends for images [B, C, H, W] in [0, 1] and labels [B] or soft labels [B, K].
+
+        Args:
+            theta: where it starts; None takes the model's own parameters.
+            order: the images of each step; None takes them in turn.
+            rng: what the client's own randomness draws from. Without it, as in an attacker's simulation, a rule's
+                noise is left out, and what the model draws is the same at each call.
+        """
+        theta = Parameters(model) if theta is None else theta
+        graph = torch.is_grad_enabled()
+        state: list[Gradient] = []
+        noisy = {"rng": rng} if rng is not None and _takes(self.rule, "rng") else {}
+        whole_batch = order is None and (self.local_batch or len(images)) >= len(images)
+        parts = self.schedule(len(images)) if order is None else order
+        total: Gradient | None = None
+        with torch.enable_grad(), second_derivatives(), _drawing(model, rng):
+            for t in range(self.steps):
+                x, y = (images, labels) if whole_batch else (v[parts[t].to(v.device)] for v in (images, labels))
+                g = self.rule(model, theta, x, y, **noisy)
+                d = g if self.optimiser == PLAIN else self.optimiser.direction(theta, g, state, t)
+                total = d if total is None else {name: total[name] + d[name] for name in d}
+                if t + 1 < self.steps:
+                    theta = {name: p - self.lr * d[name] for name, p in theta.items()}
+        assert total is not None
+        if images.requires_grad and not any(g.requires_grad for g in total.values()):
+            raise RuntimeError(
+                "the client's rule returned a gradient that does not depend on the images for autograd; compute it"
+                " with create_graph=True, and don't detach it"
+            )
+        return total if graph else {name: g.detach() for name, g in total.items()}
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The mean of what several clients send, each weighted by its number of images, as secure aggregation lets it be.
+
+    Args:
+        client: what each of them computes.
+        sizes: how many images each has, in turn.
+        thetas: what each starts from, where a server has sent them different models.
+    """
+
+    client: Client
+    sizes: tuple[int, ...]
+    thetas: tuple[Gradient, ...] = field(default=(), compare=False, repr=False)
+
+    def schedule(self, rng: torch.Generator | None = None) -> Order:
+        """The steps of the first client, then of the second, and so on."""
+        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        parts = zip(self.sizes, starts, strict=True)
+        return tuple(start + step for size, start in parts for step in self.client.schedule(size, rng))
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        theta: Gradient | None = None,
+        order: Order | None = None,
+    ) -> Gradient:
+        order, steps = order or self.schedule(), self.client.steps
+        sent = []
+        for i in range(len(self.sizes)):
+            own = self.thetas[i] if self.thetas else theta
+            sent.append(self.client(model, images, labels, theta=own, order=order[i * steps : (i + 1) * steps]))
+        return weighted_mean(sent, self.sizes)
+
+
+def weighted_mean(updates: Sequence[Gradient], sizes: Sequence[int]) -> Gradient:
+    """sum_i n_i g_i / sum_i n_i."""
+    if len(updates) == 1:
+        return updates[0]
+    total = sum(sizes)
+    return {
+        name: torch.stack([n / total * update[name] for n, update in zip(sizes, updates, strict=True)]).sum(0)
+        for name in updates[0]
+    }
+
+
+def _takes(function: Callable, name: str) -> bool:
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def _drawing(model: nn.Module, rng: torch.Generator | None) -> Iterator[None]:
+    """What the model draws from torch's global generator comes from `rng`, or is always the same; nothing is left."""
+    if not getattr(model, "draws", False):
+        yield
+        return
+    seed = 0 if rng is None else int(torch.randint(2**62, (), generator=rng))
+    cuda = [p.device for p in model.parameters() if p.is_cuda][:1]
+    with _DRAWN, torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for device in cuda:
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        yield
 
 
 @dataclass(frozen=True)
 class ThreatModel:
     """What the attacker knows or can do besides the shared update and the model. The default is the batch size.
 
-    `letter` places it in the taxonomy A to H of Carletti et al. (USENIX Security 2025).
+    Each fact grants one field of the Observation. `letter` places it in the taxonomy of Carletti et al. (USENIX
+    Security 2025); their H is G with the choice of who takes part, which changes who is attacked, and nothing here.
     """
 
     knows_labels: bool = False
+    """Which labels there are, in ascending order; not whose they are."""
     knows_batch_size: bool = True
     knows_training_details: bool = False
-    """Local steps, local batch size and learning rate of FedAvg; a FedSGD client has none to know."""
+    """Steps, rate, local batch size and optimiser of FedAvg; a FedSGD client has none to know."""
+    knows_order: bool = False
+    """Which image enters which local step."""
     knows_bn_stats: bool = False
     """Batch-norm statistics of the private batch."""
+    knows_buffers: bool = False
+    """Running statistics of the batch norms after the round, as an update of the whole state holds them."""
+    knows_defense: bool = False
+    """What the client does to its data or its update."""
     has_auxiliary_data: bool = False
     malicious_server: bool = False
     """The server may change the model that it sends."""
-    selects_clients: bool = False
-    """The server chooses who takes part in a round."""
     many_rounds: bool = False
     """Updates of the same data from several rounds."""
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not isinstance(value, bool):
+                raise ValueError(f"ThreatModel needs {name}, True or False, got {value!r}")
+
     @property
     def letter(self) -> str:
-        """The weakest of the models A to H that grants all of these facts.
+        """The weakest of the models A to G that grants all of these facts.
 
-        A eavesdropper; B knows basic facts (here: labels); C training details; D surrogate data; E statistics of
-        the client's data; F changes the model; G that with surrogate data; H that and chooses the clients.
+        A eavesdropper; B knows basic facts (here: labels, the defense); C training details; D surrogate data; E
+        statistics of the client's data; F changes the model; G that with surrogate data.
         """
-        if self.selects_clients:
-            return "H"
         if self.malicious_server:
-            return "G" if self.has_auxiliary_data or self.knows_bn_stats else "F"
-        if self.knows_bn_stats:
+            return "G" if self.has_auxiliary_data or self.knows_bn_stats or self.knows_buffers else "F"
+        if self.knows_bn_stats or self.knows_buffers:
             return "E"
         if self.has_auxiliary_data:
             return "D"
-        if self.knows_training_details:
+        if self.knows_training_details or self.knows_order:
             return "C"
-        return "B" if self.knows_labels else "A"
+        return "B" if self.knows_labels or self.knows_defense else "A"
 
 
 def observe(
-    model: nn.Module,
-    batch: Batch,
+    models: nn.Module | Sequence[nn.Module],
+    batches: Batch | Sequence[Batch],
     *,
-    update: LocalUpdate = fedsgd,
-    threat: ThreatModel | None = None,
-    defense: Defense | None = None,
+    client: Client = Client(),  # noqa: B008
+    threat: ThreatModel = ThreatModel(),  # noqa: B008
+    defense: Any = None,
+    trapdoor: object = None,
+    auxiliary: Auxiliary | None = None,
+    earlier: Sequence[Observation] = (),
     rng: torch.Generator,
 ) -> Observation:
-    """Let the client compute its update, defend it, and hand the attacker what the threat model grants.
+    """Let clients compute and defend their updates, and hand the attacker what the threat model grants.
 
-    Batch norm works in the mode that the model is in: running statistics in eval mode, the batch's own in
-    train mode. Dropout is left to the model's mode too.
+    Batch norm works in the mode that the model is in: running statistics in eval mode, the batch's own in train
+    mode. Dropped units, shuffling, sampling layers and a defense's noise draw from `rng` alone.
 
     Args:
-        model: a classifier of images in [0, 1], with attribute `num_classes` (models.build or models.wrap).
-        batch: the private images and labels.
-        update: `fedsgd` or a FedAvg.
-        threat: by default ThreatModel(): the batch size and nothing else.
-        defense: applied by the client; None sends the update as it is.
-        rng: the client's randomness, a CPU generator; only a defense draws from it.
+        models: a classifier of images in [0, 1] (models.build or models.wrap), or one for each client.
+        batches: the private images and labels, of one client or of several; of several the attacker sees the mean.
+        client: what each client computes; FedSGD unless said otherwise.
+        threat: by default the batch size and nothing else.
+        defense: a gi_lib.defenses.Defense; None sends the update as it is.
+        trapdoor: what a malicious attack's `plant` returned beside its model.
+        auxiliary: data of the attacker's own.
+        earlier: what was observed in other rounds on the same data.
+        rng: the clients' randomness, a CPU generator.
 
     Raises:
-        ValueError: a label is out of range, the model is not wrapped, or the update is not finite.
+        ValueError: a label is out of range, the model can't be attacked (it says why), the update is not finite, or
+            the threat model and what is given don't agree.
     """
-    threat, defense = threat or ThreatModel(), defense or Defense()
-    num_classes = getattr(model, "num_classes", None)
-    if num_classes is None:
-        raise ValueError("the model has no num_classes; wrap it: models.wrap(net, mean=..., std=..., num_classes=...)")
-    low, high = int(batch.labels.min()), int(batch.labels.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"labels run from {low} to {high}, but the model has classes 0 to {num_classes - 1}")
-    model = attackers_copy(model)
-    device = next(model.parameters()).device
-    sent = defense.on_batch(batch, rng)
-    images = sent.images.to(device, next(model.parameters()).dtype)
-    labels = sent.labels.to(device)
-    statistics = _bn_statistics(model, images) if threat.knows_bn_stats else None
-    gradient = {name: g.detach() for name, g in update(model, images, labels).items()}
+    batches = [batches] if isinstance(batches, Batch) else list(batches)
+    models = [models] * len(batches) if isinstance(models, nn.Module) else list(models)
+    _check_request(models, batches, threat, trapdoor, auxiliary, earlier)
+    shape: tuple[int, int, int] = tuple(batches[0].images.shape[1:])  # type: ignore[assignment]
+    sizes = tuple(len(batch) for batch in batches)
+    if defense is not None:
+        models = [defense.on_model(model) for model in models]
+        client_run = defense.on_client(client)
+    else:
+        client_run = client
+    seen: list[tuple[Classifier, Classifier]] = []  # what the attacker gets, and what trains
+    for i, model in enumerate(models):
+        if i and model is models[i - 1]:
+            seen.append(seen[-1])
+            continue
+        copy = attackers_copy(model, shape, min(2, *sizes, *_local(client, sizes)))
+        own = copy
+        if copy.draws or masks(model):
+            own = functional_copy(model)
+            own.draws = True
+        seen.append((copy, own))
+    whose = Clients(client_run, sizes)
+    order = whose.schedule(rng)
+    labels = torch.cat([batch.labels for batch in batches])
+    _check_labels(labels, seen[0][0].num_classes)
+    updates, buffers, images = [], [], []
+    for i, (batch, (copy, own)) in enumerate(zip(batches, seen, strict=True)):
+        p = next(copy.parameters())
+        x, y = batch.images.to(p.device, p.dtype), batch.labels.to(p.device)
+        if defense is not None:
+            x, y = defense.on_batch(x, y, rng)
+        steps = order[i * client_run.steps : (i + 1) * client_run.steps]
+        local = tuple(step - sum(sizes[:i]) for step in steps)
+        with inputs_of_batch_norms() as passes:
+            update = client_run(own, x, y, order=local, rng=rng)
+        update = {name: g.detach() for name, g in update.items()}
+        updates.append(update if defense is None else defense.on_update(update, Sent(own, x, y), rng))
+        buffers.append(_running_statistics(own, passes) if threat.knows_buffers else {})
+        images.append(x)
+    copy = seen[0][0]
+    with torch.no_grad(), _drawing(copy, None):
+        statistics = bn_statistics(copy, torch.cat(images)) if threat.knows_bn_stats else None
+    ranks = labels.argsort(stable=True).argsort()  # image i is slot ranks[i] of the attacker's guess
+    known = client_run if threat.knows_defense else client
+    several = Clients(known, sizes, _different(seen))
     return Observation(
-        gradient=defense.on_update(gradient, rng),
-        model=model,
-        update=update if threat.knows_training_details or update is fedsgd else None,
-        image_shape=(batch.images.shape[1], batch.images.shape[2], batch.images.shape[3]),
-        batch_size=len(batch) if threat.knows_batch_size else None,
-        num_classes=num_classes,
-        labels=labels if threat.knows_labels else None,
+        gradient=weighted_mean(updates, sizes),
+        model=copy,
+        client=_granted_client(threat, known, several),
+        image_shape=shape,
+        batch_size=len(labels) if threat.knows_batch_size else None,
+        num_classes=copy.num_classes,
+        labels=labels.sort().values.to(next(copy.parameters()).device) if threat.knows_labels else None,
+        order=tuple(ranks[step] for step in order) if threat.knows_order else None,
         bn_stats=statistics,
+        buffers=_mean_statistics(buffers, sizes) if threat.knows_buffers else None,
+        defense=defense if threat.knows_defense else None,
+        auxiliary=auxiliary if threat.has_auxiliary_data else None,
+        earlier=tuple(earlier) if threat.many_rounds else (),
+        trapdoor=trapdoor,
     )
 
 
-class _BatchNorm(nn.Module):
-    """nn.BatchNorm as a function of its input alone, with the same parameter names.
+def _check_request(models, batches, threat, trapdoor, auxiliary, earlier) -> None:
+    if not batches or not all(isinstance(batch, Batch) for batch in batches):
+        raise ValueError("observe needs the private Batch of at least one client")
+    if len(models) != len(batches):
+        raise ValueError(f"got {len(models)} models for {len(batches)} clients; give one for all, or one for each")
+    if len({tuple(batch.images.shape[1:]) for batch in batches}) > 1:
+        raise ValueError("the clients' images have different shapes; resize them")
+    if trapdoor is not None and not threat.malicious_server:
+        raise ValueError(
+            "a trapdoor was planted, and the threat model has an honest server; observe with"
+            " ThreatModel(malicious_server=True)"
+        )
+    if threat.has_auxiliary_data and auxiliary is None:
+        raise ValueError(
+            "the threat model grants auxiliary data, and there is none; pass auxiliary=data.Surrogate(...)"
+        )
+    if threat.many_rounds and not earlier:
+        raise ValueError("the threat model grants many rounds, and there is one; pass earlier=[...]")
 
-    The original writes its running statistics in train mode, and has no batching rule in eval mode, where it is
-    the affine map x -> (x - mean) / sqrt(var + eps) * weight + bias.
+
+def _local(client: Client, sizes: Sequence[int]) -> list[int]:
+    """The smallest number of images in a step."""
+    return [len(step) for size in sizes for step in client.schedule(size)]
+
+
+def _check_labels(labels: Tensor, num_classes: int) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"labels run from {low} to {high}, but the model has classes 0 to {num_classes - 1}")
+
+
+def _different(seen: Sequence[tuple[Classifier, Classifier]]) -> tuple[Gradient, ...]:
+    """The parameters of each client's model, where these differ."""
+    copies = [copy for copy, _ in seen]
+    return tuple(dict(Parameters(copy)) for copy in copies) if any(c is not copies[0] for c in copies) else ()
+
+
+def _granted_client(threat: ThreatModel, client: Client, several: Clients) -> ClientUpdate | None:
+    """FedSGD has no details to know, and the mean over several such clients is one client's with all images."""
+    if threat.knows_training_details:
+        return client if len(several.sizes) == 1 else several
+    if (
+        client.steps == 1
+        and client.optimiser == PLAIN
+        and (client.local_batch or max(several.sizes)) >= max(several.sizes)
+    ):
+        return several if several.thetas else client
+    return None
+
+
+def _running_statistics(model: Classifier, passes: Sequence[tuple[BatchNorm, Tensor]]) -> Statistics:
+    """What the running statistics are after these passes: in train mode each moves them, by its own batch's."""
+    after: Statistics = {}
+    names = {id(norm): name for name, norm in batch_norms(model).items()}
+    counted = dict.fromkeys(names.values(), 0)
+    for name, norm in batch_norms(model).items():
+        if norm.running_mean is not None and norm.running_var is not None:
+            after[name] = norm.running_mean, norm.running_var
+            counted[name] = 0 if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
+    for norm, x in passes:
+        name, n = names[id(norm)], x.numel() // x.shape[1]
+        if norm.own_statistics and name in after:
+            mean, var = batch_statistics(x.detach())
+            counted[name] += 1
+            share = 1 / counted[name] if norm.momentum is None else norm.momentum
+            old = after[name]
+            after[name] = torch.lerp(old[0], mean, share), torch.lerp(old[1], var * n / (n - 1), share)
+    return after
+
+
+def _mean_statistics(each: Sequence[Statistics], sizes: Sequence[int]) -> Statistics:
+    means, variances = (
+        weighted_mean([{name: pair[i] for name, pair in after.items()} for after in each], sizes) for i in (0, 1)
+    )
+    return {name: (means[name], variances[name]) for name in means}
+
+
+_PREFIXES = {"module", "_orig_mod", "_module"}
+"""Names that DataParallel, torch.compile and Opacus put before a parameter's own."""
+
+Update = Mapping[str, object] | Sequence[object] | str | Path
+"""Name -> tensor or array; or a list of them in the order of the parameters; or a safetensors file of such names."""
+
+
+def receive(
+    model: nn.Module,
+    update: Update,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int | None = None,
+    mean: object = 0.0,
+    std: object = 1.0,
+    batch_size: int | None = None,
+    labels: Tensor | None = None,
+    client: Client | None = Client(),  # noqa: B008
+    defense: Any = None,
+    bn_stats: Statistics | None = None,
+    auxiliary: Auxiliary | None = None,
+) -> Observation:
+    """An Observation from an update that came from elsewhere. Neither the model nor the update is changed.
+
+    Names are matched with and without `net.`, `module.`, `_orig_mod.` and `_module.`; the order of a mapping means
+    nothing. A list may hold the trainable parameters, all parameters, or the whole state, in the model's own order
+    (Flower sends the last). A safetensors file holds one tensor a name. Values are cast to the model's type.
+
+    Args:
+        model: with the weights that the client started from, in the mode in which it trained; a module that is not
+            wrapped is wrapped with `num_classes`, `mean` and `std`.
+        update: the gradient, or (before - after) / lr for each entry of the state. Differences of running statistics,
+            in the same unit, become `buffers`; other buffers are left out.
+        image_shape: (C, H, W) of the private images.
+        num_classes: K; None asks the model.
+        mean, std: the normalisation that the module expects of [0, 1] images, where it is not wrapped.
+        batch_size, labels, defense, bn_stats, auxiliary: what else is known.
+        client: what the client did; None where that is unknown.
+
+    Raises:
+        ValueError: the model can't be attacked, or the update does not fit it; the sentence says why.
     """
+    if not isinstance(unwrapped(model), Classifier):
+        model = _wrapped(model, image_shape, num_classes, mean, std)
+    size = batch_size if labels is None else len(labels)
+    copy = attackers_copy(model, image_shape, min(2, size or 2))
+    if client is not None and client.local_batch is None and size is not None:
+        # a batch of this size must be possible: batch norm in train mode can't take one value a channel
+        with torch.no_grad():
+            p = next(copy.parameters())
+            copy(torch.zeros(min(size, 2), *image_shape, device=p.device, dtype=p.dtype))
+    gradient, state = _matched(copy, model, update)
+    lr = 1.0 if client is None else client.lr
+    buffers = {
+        name: tuple(old - lr * state[f"{name}.{kind}"] for kind, old in _running(norm).items())
+        for name, norm in batch_norms(copy).items()
+        if all(f"{name}.{kind}" in state for kind in _running(norm))
+    }
+    device = next(copy.parameters()).device
+    obs = Observation(
+        gradient=gradient,
+        model=copy,
+        client=client,
+        image_shape=image_shape,
+        batch_size=size,
+        num_classes=copy.num_classes,
+        labels=None if labels is None else torch.as_tensor(labels).long().sort().values.to(device),
+        bn_stats=bn_stats,
+        buffers=buffers or None,  # type: ignore[arg-type]
+        defense=defense,
+        auxiliary=auxiliary,
+    )
+    if client is not None and client.steps == 1 and client.rule == loss_gradient:
+        scale = loss_scale(obs)
+        if scale is not None and not 0.8 < scale < 1.25:
+            warnings.warn(
+                f"the update is about {scale:.3g} times a gradient of the mean cross-entropy: the client may have summed"
+                " or halved its loss, or divided by another batch size; divide the update by it, or say"
+                " client=Client(rule=loss_gradient.of(loss))",
+                stacklevel=2,
+            )
+    return obs
 
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
-        super().__init__()
-        self.running_mean: Tensor
-        self.running_var: Tensor
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-        self.own_statistics = norm.training or norm.running_mean is None
-        self.register_buffer("running_mean", norm.running_mean)
-        self.register_buffer("running_var", norm.running_var)
 
-    def forward(self, x: Tensor) -> Tensor:
-        shape = (1, -1) + (1,) * (x.ndim - 2)
-        mean, var = batch_statistics(x) if self.own_statistics else (self.running_mean, self.running_var)
-        scale = (var + self.eps).rsqrt()
-        if self.weight is None:
-            return (x - mean.view(shape)) * scale.view(shape)
-        scale = scale * self.weight
-        return x * scale.view(shape) + (self.bias - mean * scale).view(shape)
+def _wrapped(
+    model: nn.Module, image_shape: tuple[int, int, int], num_classes: int | None, mean: object, std: object
+) -> Classifier:
+    if num_classes is None:
+        wrapped = functional_copy(wrap(model, mean=mean, std=std, num_classes=2))
+        p = next(wrapped.parameters())
+        with torch.no_grad():
+            out = wrapped(torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype))
+        if not isinstance(out, Tensor) or out.ndim != 2:
+            raise ValueError("the model does not return logits [B, K]; wrap it, with num_classes")
+        num_classes = out.shape[1]
+    return wrap(model, mean=mean, std=std, num_classes=num_classes)
 
 
-def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [C] and biased variance [C] of x [B, C, ...] over all axes but the second."""
-    axes = [0, *range(2, x.ndim)]
-    return x.mean(axes), x.var(axes, unbiased=False)
+def _running(norm: BatchNorm) -> dict[str, Tensor]:
+    found = {"running_mean": norm.running_mean, "running_var": norm.running_var}
+    return {kind: value for kind, value in found.items() if value is not None}
 
 
-def attackers_copy(model: nn.Module) -> nn.Module:
-    """A deep copy whose batch norms are plain functions of their input, and whose ReLUs don't work in place."""
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                setattr(parent, name, _BatchNorm(child))
-            elif getattr(child, "inplace", False):
-                child.inplace = False  # type: ignore[assignment]
-    model.listed_parameters = _parameters(model)  # type: ignore[assignment]
-    return model
+def _matched(copy: Classifier, model: nn.Module, update: Update) -> tuple[Gradient, Gradient]:
+    """The gradient by the copy's names, and what there is besides of its floating-point state."""
+    if isinstance(update, str | Path):
+        try:
+            update = load_file(update)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{update} is not a readable safetensors file ({error})") from error
+    wanted = {name: p.shape for name, p in copy.named_parameters() if p.requires_grad}
+    if not isinstance(update, Mapping):
+        update = _named(list(update), copy, model)
+    state_names = list(copy.state_dict())
+    canonical = {_canonical(name): name for name in state_names}
+    if len(canonical) < len(state_names):
+        canonical = {name: name for name in state_names}
+    p = next(copy.parameters())
+    found: Gradient = {}
+    for name, value in update.items():
+        own = name if name in state_names else canonical.get(_canonical(name), name)
+        if value is None and own in wanted:  # as torch leaves .grad of a parameter that the pass does not use
+            value = torch.zeros(wanted[own])
+        tensor = _as_tensor(name, value)
+        if own in found:
+            raise ValueError(f"the update has {own!r} twice, under two names; leave one out")
+        found[own] = tensor.to(p.device, p.dtype).detach().clone()
+    missing = wanted.keys() - found.keys()
+    extra = [name for name in found if name not in state_names]
+    if missing or extra:
+        raise ValueError(
+            f"the update does not fit the model: missing {sorted(missing)}, unknown {sorted(extra)}; it needs one"
+            " entry for each trainable parameter, by its name or in their order"
+        )
+    rest = {name: value for name, value in found.items() if name not in wanted}
+    return {name: found[name] for name in wanted}, rest
 
 
-def _bn_statistics(model: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    found = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, x, name=name: found.update({name: batch_statistics(x[0])}))
-        for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm)
+def _named(values: list, copy: Classifier, model: nn.Module) -> dict[str, object]:
+    """A list in the order of the trainable parameters, of all parameters, or of the state without the wrapper's own."""
+    orders = [
+        [name for name, p in copy.named_parameters() if p.requires_grad],
+        [name for name, _ in copy.named_parameters()],
+        [name for name in copy.state_dict() if name not in ("mean", "std")],
+        list(copy.state_dict()),
     ]
-    with torch.no_grad():
-        model(images)
-    for hook in hooks:
-        hook.remove()
-    return found
+    for names in orders:
+        if len(names) == len(values):
+            return dict(zip(names, values, strict=True))
+    raise ValueError(
+        f"the update is a list of {len(values)}, the model has {len(orders[0])} trainable parameters, {len(orders[1])}"
+        f" parameters and {len(orders[2])} entries of state; pass one list of these, or a dict by name"
+    )
+
+
+def _canonical(name: str) -> str:
+    parts = [part for part in name.split(".") if part not in _PREFIXES]
+    return ".".join(parts[1:] if parts[:1] == ["net"] and len(parts) > 1 else parts)
+
+
+def _as_tensor(name: str, value: object) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name!r} of the update is {type(value).__name__}, not a tensor or an array") from error
+    if tensor.is_complex():
+        raise ValueError(f"{name!r} of the update is complex")
+    return tensor

@@ -1,42 +1,58 @@
-"""Labels from the gradient: Observation -> labels [B]."""
+"""Labels from the gradient: Observation -> labels [B].
+
+With the cross-entropy, dL/dz_k = p_k - [k = y] for the logits z of one image and p = softmax(z).
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from gi_lib.models.layers import logit_layer
 from gi_lib.types import Labels, NotApplicableError, Observation, WithheldError
+
+revision = 1
+"""Raised when what a rule finds changes, so that cases with unknown labels run again."""
+
+LabelRule = Callable[[Observation], Tensor]
+"""Observation -> labels [B] int64, in ascending order."""
 
 
 def last_layer(obs: Observation) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the classifier's last dense layer: weight [K, N] and bias [K], or None without a bias.
+    """Gradients of the dense layer that makes the logits: weight [K, N] and bias [K], or None without a bias.
+
+    The layer is found by a forward pass. One logit z is taken for two classes, (0, z), whose rows are opposite.
 
     Raises:
-        NotApplicableError: the model does not end in a dense layer of K outputs.
+        NotApplicableError: the model does not end in a dense layer of K outputs, or it is frozen.
     """
-    weights = [(name, g) for name, g in obs.gradient.items() if g.ndim == 2 and len(g) == obs.num_classes]
-    if not weights:
+    layer = logit_layer(obs.model, obs.image_shape)
+    if layer.weight not in obs.gradient:
         raise NotApplicableError(
-            f"no dense layer with {obs.num_classes} outputs in the gradient; observe with"
-            " ThreatModel(knows_labels=True)"
+            "the layer that makes the logits is frozen or computed from other parameters, and its gradient is not in"
+            " the update; observe with ThreatModel(knows_labels=True)"
         )
-    name, weight = weights[-1]
-    bias = obs.gradient.get(name.removesuffix("weight") + "bias")
+    weight = obs.gradient[layer.weight]
+    bias = obs.gradient.get(layer.bias) if layer.bias is not None else None
+    if len(weight) == 1:
+        weight = torch.cat([-weight, weight])
+        bias = None if bias is None else torch.cat([-bias, bias])
     return weight, bias
 
 
 def idlg(obs: Observation) -> Labels:
     """The label of one image, exactly (Zhao et al., arXiv:2001.02610).
 
-    With cross-entropy, dL/db_k = p_k - [k = y] is negative at the label alone. Without a bias, row k of dL/dW is
-    (p_k - [k = y]) a, so that the label's row points against every other row. With two classes
-    and no bias the two rows are opposite and the signs cannot tell them apart; the features must then be
-    non-negative (ReLU, sigmoid), and the row with the negative sum is the label's.
+    dL/db_k = p_k - [k = y] is negative at the label alone. Without a bias, row k of dL/dW is (p_k - [k = y]) a, so
+    that the label's row points against every other row. With two classes and no bias the two rows are opposite and
+    the signs cannot tell them apart; the features must then be non-negative (ReLU, sigmoid), and the row with the
+    negative sum is the label's.
 
     Raises:
-        NotApplicableError: the batch has more than one image.
+        NotApplicableError: the batch has more than one image, or the gradient of the last layer is zero.
         WithheldError: the batch size is withheld.
     """
-    if obs.batch_size is None:
-        raise WithheldError("idlg needs the batch size; observe with ThreatModel(knows_batch_size=True)")
+    _need_batch_size(obs, "idlg")
     if obs.batch_size != 1:
         raise NotApplicableError(
             f"idlg infers one label from one image, got batch_size={obs.batch_size}; use labels.column_min for a batch"
@@ -49,6 +65,10 @@ def idlg(obs: Observation) -> Labels:
     else:
         rows = nn.functional.normalize(weight, dim=1)
         score = (rows @ rows.T).sum(1)
+    if not score.any():
+        raise NotApplicableError(
+            "the gradient of the last layer is zero, and says nothing of the label: the network is sure of it"
+        )
     return score.argmin().reshape(1)
 
 
@@ -62,8 +82,8 @@ def column_min(obs: Observation) -> Labels:
         NotApplicableError: more images than classes, so that a label must repeat.
         WithheldError: the batch size is withheld.
     """
-    if obs.batch_size is None:
-        raise WithheldError("column_min needs the batch size; observe with ThreatModel(knows_batch_size=True)")
+    _need_batch_size(obs, "column_min")
+    assert obs.batch_size is not None
     if obs.batch_size > obs.num_classes:
         raise NotApplicableError(
             f"column_min finds no repeats, but {obs.batch_size} images of {obs.num_classes} classes must"
@@ -77,3 +97,42 @@ def infer(obs: Observation) -> Labels:
     if obs.labels is not None:
         return obs.labels
     return idlg(obs) if obs.batch_size == 1 else column_min(obs)
+
+
+def readable(obs: Observation) -> str | None:
+    """Labels that are known, or a last layer from which they can be read."""
+    try:
+        infer(obs)
+    except NotApplicableError as error:
+        return str(error)
+    return None
+
+
+def _need_batch_size(obs: Observation, rule: str) -> None:
+    if obs.batch_size is None:
+        raise WithheldError(f"{rule} needs the batch size; observe with ThreatModel(knows_batch_size=True)")
+
+
+def loss_scale(obs: Observation) -> float | None:
+    """By what number the client multiplies the mean cross-entropy; None where the last layer does not tell.
+
+    Row k of dL/dW over entry k of dL/db is a mean of the features h, weighted to class k, whatever the scale, so
+    that p_k = softmax(W h_k + b) is known without the images. Then dL/db = sum_j m_j (p_j - e_j), where m_j is
+    scale x n_j / B for the n_j images of class j and zero for a class that is absent: a least-squares problem whose
+    solution sums to the scale. It is exact for one image. It can't be solved where no class is absent.
+    """
+    try:
+        gW, gb = last_layer(obs)
+        layer = logit_layer(obs.model, obs.image_shape)
+    except NotApplicableError:
+        return None
+    W, b = (dict(obs.model.named_parameters()).get(name or "") for name in (layer.weight, layer.bias))
+    present = (gb < 0).nonzero().squeeze(1) if gb is not None else torch.empty(0)
+    if gb is None or b is None or W is None or len(W) != len(gb) or not 0 < len(present) < len(gb):
+        return None
+    gW, gb, W, b = (t.detach().double() for t in (gW, gb, W, b))
+    h = gW[present] / gb[present, None]
+    p = (h @ W.T + b).softmax(1)
+    one_hot = nn.functional.one_hot(present, len(gb)).double()
+    found = torch.linalg.lstsq((p - one_hot).T, gb[:, None])
+    return found.solution.sum().item()

@@ -3,19 +3,22 @@
 Images are [B, C, H, W] in [0, 1], on any device and of any float type; values are computed on the CPU in
 float64 (LPIPS in float32) and come back as [B] float64 tensors. `evaluate` clips and matches once, and gives
 every metric the same pairs; the metrics themselves compare image i with image i and clip nothing.
+
+A number means something against its floor, the PSNR of the image's own mean colour: what an attacker could reach who
+found out no more than that.
 """
 
 import functools
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
-from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
 from gi_lib import data
@@ -29,6 +32,13 @@ PSNR_CAP = 150.0
 """The highest PSNR of one image, in dB. An exact image's is infinite and would make any mean infinite. 150 dB
 is an error of 3e-8 (root mean square), half of float32's spacing below 1: more is rounding, not quality."""
 
+RECOVERED = 6.0
+"""An image counts as recovered from so many dB above its floor on: the error is then half of what it is for the
+image's mean colour (root mean square), and an even mixture of two images is not enough."""
+
+revision = 1
+"""Raised when the meaning of a metric changes, so that all cases run again."""
+
 SSIM_WINDOW = 7
 LPIPS_SIDE = 32
 ALEXNET_FEATURES = Path("weights", "lpips", "alexnet_features.safetensors")
@@ -37,11 +47,24 @@ LPIPS_SLICES = {"0": 1, "3": 2, "6": 3, "8": 4, "10": 5}
 
 
 def align(reconstructed: Tensor, truth: Tensor) -> Permutation:
-    """The one-to-one assignment of least total MSE, [B] int64: image permutation[i] goes with truth i."""
-    reconstructed, truth = _pair(reconstructed, truth)
-    cost = torch.stack([(reconstructed - image).square().flatten(1).mean(dim=1) for image in truth])
-    _, permutation = linear_sum_assignment(cost.numpy())
-    return torch.from_numpy(permutation)
+    """The one-to-one assignment of least total MSE, [B] int64: image result[i] goes with truth i.
+
+    Of N reconstructions min(N, B) are assigned; -1 where nothing is left for an image of the truth.
+    """
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
+    reconstructed, truth = _comparable(reconstructed, truth)
+    found = torch.full((len(truth),), -1)
+    if len(reconstructed):
+        cost = torch.stack([(reconstructed - image).square().flatten(1).mean(dim=1) for image in truth])
+        rows, columns = linear_sum_assignment(cost.numpy())
+        found[torch.from_numpy(rows)] = torch.from_numpy(columns)
+    return found
+
+
+def floor(truth: Tensor) -> Values:
+    """PSNR of each image's own mean colour, the mean over the pixels of each channel, [B] in dB."""
+    return psnr(truth.mean((-2, -1), keepdim=True).expand_as(truth), truth)
 
 
 def mse(reconstructed: Tensor, truth: Tensor) -> Values:
@@ -64,6 +87,8 @@ def ssim(reconstructed: Tensor, truth: Tensor) -> Values:
     Raises:
         ValueError: an image has a side under 3 pixels.
     """
+    from skimage.metrics import structural_similarity  # slow to import
+
     reconstructed, truth = _pair(reconstructed, truth)
     side = min(truth.shape[-2:])
     if side < 3:
@@ -110,18 +135,25 @@ def identified(reconstructed: Tensor, truth: Tensor, candidates: Tensor) -> Foun
     compare features of a network in place of pixels.
     """
     reconstructed, truth = _pair(reconstructed, truth)
-    own, candidates = mse(reconstructed, truth), candidates.double()
-    others = torch.stack([(candidates - image).square().flatten(1).mean(1).min() for image in reconstructed])
-    return own <= others * (1 + 1e-9)  # the true image is a candidate too, whose sum may be rounded otherwise
+    if candidates.ndim != 4 or candidates.shape[1:] != truth.shape[1:] or len(candidates) == 0:
+        raise ValueError(
+            f"candidates must be images [N, {', '.join(map(str, truth.shape[1:]))}], as large as those of the truth,"
+            f" got {list(candidates.shape)}; load them at the same size"
+        )
+    own, others = mse(reconstructed, truth), candidates.detach().cpu().double().flatten(1)
+    nearest = torch.cdist(reconstructed.flatten(1), others, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    nearest = nearest.square() / others.shape[1]
+    return own <= nearest * (1 + 1e-9)  # the true image is a candidate too, whose sum may be rounded otherwise
 
 
 def label_accuracy(predicted: Tensor, truth: Tensor) -> float:
     """Share of the true labels that were found, order aside: |predicted and truth, as multisets| / B."""
-    if predicted.ndim != 1 or predicted.shape != truth.shape or predicted.is_floating_point():
-        raise ValueError(
-            f"labels must be two lists of B whole numbers, got {predicted.dtype} {list(predicted.shape)} and"
-            f" {truth.dtype} {list(truth.shape)}; take the argmax of soft labels"
-        )
+    for labels in (predicted, truth):
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+            said = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(f"labels must be a list of whole numbers [N], got {said}; take the argmax of soft labels")
+    if len(truth) == 0:
+        raise ValueError("there are no true labels to find")
     found = Counter(predicted.tolist()) & Counter(truth.tolist())
     return found.total() / len(truth)
 
@@ -132,35 +164,54 @@ def evaluate(
     """Score a reconstruction against the true batch.
 
     The reconstruction is clipped to [0, 1] once and matched one to one with the truth by least MSE, and every
-    metric uses these pairs: entry i of each score belongs to image i of `batch`.
+    metric uses these pairs: entry i of each score belongs to image i of `batch`. Where fewer images were returned
+    than there are, the rest is missed, and has no value. A metric that does not apply to the images is None.
 
     Args:
         root: where LPIPS looks for its weights; see `data.root`.
         download: let torchvision download AlexNet for LPIPS, where the data root has no weights.
 
     Raises:
-        ValueError: the shapes differ, or a pixel of the reconstruction is NaN or infinite.
+        ValueError: the images have other shapes, or a pixel of the reconstruction is NaN or infinite.
     """
-    images, truth = _pair(reconstruction.images, batch.images)
+    images, truth = _comparable(reconstruction.images, batch.images)
     images = images.clamp(0, 1)
-    permutation = align(images, truth)
-    images = images[permutation]
+    matched = align(images, truth)
+    hit = matched >= 0
+    pair = images[matched[hit]], truth[hit]
+
+    def spread(metric: Callable[..., Values | None], **settings: Any) -> Values | None:
+        """[B], NaN where an image is missed; None where the metric can't be had."""
+        values = metric(*pair, **settings) if hit.any() else torch.empty(0, dtype=torch.float64)
+        if values is None:
+            return None
+        return torch.full((len(truth),), torch.nan, dtype=torch.float64).masked_scatter(hit, values)
+
+    own, decibels, squares = floor(truth), spread(psnr), spread(mse)
+    assert decibels is not None and squares is not None
     return Scores(
-        mse=mse(images, truth),
-        psnr=psnr(images, truth),
-        ssim=ssim(images, truth),
-        lpips=lpips(images, truth, root=root, download=download),
-        label_accuracy=label_accuracy(reconstruction.labels, batch.labels),
-        permutation=permutation,
+        mse=squares,
+        psnr=decibels,
+        floor=own,
+        ssim=spread(ssim) if min(truth.shape[-2:]) >= 3 else None,
+        lpips=spread(lpips, root=root, download=download) if truth.shape[1] in (1, 3) else None,
+        recovered=decibels >= own + RECOVERED,  # NaN is not
+        returned=len(images),
+        label_accuracy=None if reconstruction.labels is None else label_accuracy(reconstruction.labels, batch.labels),
+        matched=matched,
     )
 
 
-def _pair(reconstructed: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float64 on the CPU, if they can be compared."""
-    if truth.ndim != 4 or reconstructed.shape != truth.shape or len(truth) == 0:
+def _comparable(reconstructed: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as float64 on the CPU: [N, C, H, W] and [B, C, H, W], N may be 0."""
+    for name, images in (("reconstruction", reconstructed), ("truth", truth)):
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.is_complex():
+            said = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images must be tensors [B, C, H, W], got {said} for the {name}")
+    if truth.numel() == 0 or reconstructed.shape[1:] != truth.shape[1:]:
         raise ValueError(
-            f"images must be [B, C, H, W] and of one shape, got {list(reconstructed.shape)} against"
-            f" {list(truth.shape)}; the attack must return as many images, and as large, as the batch has"
+            f"images must be [B, C, H, W] and of one size, got {list(reconstructed.shape)} against"
+            f" {list(truth.shape)}; the attack must return images as large as those of the batch"
         )
     for name, images in (("reconstruction", reconstructed), ("truth", truth)):
         broken = ~torch.isfinite(images).flatten(1).all(dim=1)
@@ -171,6 +222,16 @@ def _pair(reconstructed: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
                 " restarts"
             )
     return reconstructed.detach().cpu().double(), truth.detach().cpu().double()
+
+
+def _pair(reconstructed: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_comparable`, and as many of one as of the other."""
+    if isinstance(reconstructed, Tensor) and isinstance(truth, Tensor) and reconstructed.shape != truth.shape:
+        raise ValueError(
+            f"images must be [B, C, H, W] and of one shape, got {list(reconstructed.shape)} against"
+            f" {list(truth.shape)}; compare image i with image i"
+        )
+    return _comparable(reconstructed, truth)
 
 
 def _perceivable(images: Tensor) -> Tensor:

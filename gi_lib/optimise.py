@@ -1,24 +1,33 @@
-"""The one loop that every iterative attack runs, its optimisers, and the choice among restarts.
+"""The one loop that every iterative attack runs, and its optimisers.
 
-Restarts are stacked: every variable has a leading axis R, the loss returns [R], and rows never mix.
+Restarts are rows: every variable has a leading axis R, the loss is that of one guess, and rows never mix.
 """
 
 import contextlib
+import inspect
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
-from gi_lib.execution import Evaluator, Replayed
+from gi_lib.execution import Evaluator, OneGuess, Replayed, clock, second_derivatives
+from gi_lib.progress import bar
 from gi_lib.types import Rows
+
+revision = 1
+"""Of the solvers and the loop: raised when their results change, so that all cases run again."""
 
 Evaluate = Callable[[Tensor | slice], tuple[Rows, list[Tensor]]]
 """Rows (an index) -> their losses [r] and the gradients of those with respect to each variable [r, ...]."""
+
+Each = Callable[[int, list[Tensor], dict[str, list[Tensor]]], None]
+"""(step k, the variables [R, ...], the optimiser's memory of them by name), all changed in place."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,17 @@ class Method:
         step: moves the variables in place; returns the losses [R] before it, and whether no row can move on.
         between: called after each step, for what belongs on the host.
         capturable: whether `step` evaluates every row once and waits for no result, so that a GPU can replay it.
+        memory: what it remembers of each variable, [R, ...], by name.
+        pairs: whether it compares gradients of one and the same loss at points that it chose itself.
+        failed: [R], NaN for a row that has met a loss or a gradient that is not finite, else 0.
     """
 
     step: Callable[[Evaluate], tuple[Rows, bool]]
     between: Callable[[], None] = lambda: None
     capturable: bool = False
+    memory: dict[str, list[Tensor]] = field(default_factory=dict)
+    pairs: bool = False
+    failed: Tensor | None = None
 
 
 Optimiser = Callable[[list[Tensor], int], Method]
@@ -47,93 +62,195 @@ class Minimum:
     Args:
         variables: each [R, ...].
         trace: [steps, R], losses before each step.
-        losses: [R], at the end, by which restarts are compared.
-        frames: the variables at `frame_steps`, on the CPU.
+        losses: [R], at the end, by which restarts are compared; NaN for a row that failed.
+        frames: at each of `frame_steps` the images of all rows [R, ...], on the CPU.
+        frame_steps, frame_evaluations, frame_seconds: when that was.
         evaluations: losses computed, one for each row.
+        seconds: by `execution.clock`.
     """
 
     variables: list[Tensor]
     trace: Float[Tensor, "steps R"]
     losses: Rows
-    frames: list[list[Tensor]] = field(default_factory=list)
+    frames: list[Tensor] = field(default_factory=list)
     frame_steps: list[int] = field(default_factory=list)
+    frame_evaluations: list[int] = field(default_factory=list)
+    frame_seconds: list[float] = field(default_factory=list)
     evaluations: int = 0
+    seconds: float = 0.0
 
 
 def minimise(
-    loss: Callable[..., Rows],
-    start: Sequence[Tensor],
+    loss: OneGuess,
+    start: Sequence[Tensor] | Minimum,
     *,
     optimiser: Optimiser,
     steps: int,
     project: Callable[..., None] | None = None,
-    rank: Callable[..., Rows] | None = None,
-    constants: Sequence[Tensor] = (),
+    each: Each | None = None,
+    rank: OneGuess | None = None,
+    best: bool = False,
+    image: OneGuess | None = None,
     frames: int = 0,
     at_once: int | None = None,
 ) -> Minimum:
-    """Minimise each row of a stacked loss.
+    """Minimise the loss of one guess from each of R starts.
 
     Args:
-        loss: (*variables, *constants, each [r, ...]) -> [r], for any r rows; row i depends on row i alone.
-        start: variables [R, ...]; not changed.
+        loss: (*variables of one row) -> a scalar. If it has a parameter `now`, it is given k / steps at step k, a
+            scalar on the device: a schedule made of it by torch.where is replayed in a CUDA graph too.
+        start: variables [R, ...], not changed; or where an earlier stage ended, whose report this one continues.
         optimiser: `adam(...)` or `lbfgs(...)`.
         steps: upper bound; the loop ends early when no row can move on.
-        project: (*variables), called after each step to make them feasible in place.
+        project: (*variables [R, ...]), called after each step to make them feasible in place.
+        each: called on the host after each step, before `project`, always with all rows: where rows meet (a
+            consensus that stays fixed within a step), and noise is added, drawn from one generator a row.
         rank: as `loss`; its values at the end are the `losses` of the result. None takes `loss`.
-        constants: [R, ...], which of every row stay as they are.
+        best: whether each row ends at the iterate of its smallest loss, instead of its last.
+        image: (*variables of one row) -> what a frame keeps; None takes the first variable.
         frames: snapshots to keep, closer together at the beginning; 0 keeps none.
-        at_once: rows in one call of the loss (`Observation.at_once`); None takes all.
+        at_once: rows in one call of the loss (execution.at_once); None takes all.
 
     Raises:
-        ValueError: there is no restart or no step to run.
+        ValueError: there is no restart or no step to run; or L-BFGS, whose memory compares gradients of one loss
+            between its own points, is asked for `now`, `each` or `project`.
     """
-    if len(start[0]) < 1 or steps < 1:
-        raise ValueError(f"nothing to minimise: restarts={len(start[0])}, steps={steps}; both must be at least 1")
-    variables = [v.detach().clone(memory_format=torch.contiguous_format) for v in start]
-    evaluate = Evaluator(loss, variables, constants, at_once or len(variables[0]))
+    earlier = start if isinstance(start, Minimum) else None
+    begin = earlier.variables if earlier else start
+    assert not isinstance(begin, Minimum)
+    if len(begin[0]) < 1 or steps < 1:
+        raise ValueError(f"nothing to minimise: restarts={len(begin[0])}, steps={steps}; both must be at least 1")
+    variables = [v.detach().clone(memory_format=torch.contiguous_format) for v in begin]
+    rows, device = len(variables[0]), variables[0].device
+    now = None
+    if "now" in inspect.signature(loss).parameters:
+        now = torch.zeros((), dtype=variables[0].dtype, device=device)
+        loss = partial(loss, now=now)
     method = optimiser(variables, steps)
+    if method.pairs and (now is not None or each or project):
+        raise ValueError(
+            "L-BFGS compares gradients of one loss between its own points: it takes no `now`, `each` or `project`;"
+            " use adam, or write the loss without a schedule"
+        )
+    evaluate = Evaluator(loss, variables, at_once or rows)
     wanted = set(np.unique(np.geomspace(1, steps, frames).astype(int) - 1).tolist()) if frames else set()
-    trace, kept, kept_steps = [], [], []
+    trace: list[Tensor] = []
+    kept, kept_steps, kept_evaluations, kept_seconds = [], [], [], []  # type: ignore[var-annotated]
     settled = False
+    lowest = torch.full((rows,), torch.inf, dtype=variables[0].dtype, device=device)
+    lowest_at = [v.clone() for v in variables] if best else variables
 
     def iterate() -> Rows:
         nonlocal settled
+        before = [v.clone() for v in variables] if best else []
         losses, settled = method.step(evaluate)
-        if project:
+        if best:
+            remember(losses, before)
+        if project and not each:
             project(*variables)
         return losses
 
-    def keep(k: int) -> None:
-        kept.append([v.detach().cpu().clone() for v in variables])
-        kept_steps.append(k)
+    def remember(losses: Rows, there: list[Tensor]) -> None:
+        better = losses < lowest
+        lowest.copy_(torch.where(better, losses, lowest))
+        for old, new in zip(lowest_at, there, strict=True):
+            old.copy_(torch.where(better.view(-1, *[1] * (new.ndim - 1)), new, old))
 
-    advance = Replayed(iterate) if method.capturable and variables[0].is_cuda else iterate
-    # only this path of scaled dot-product attention has a second derivative
-    with contextlib.closing(evaluate), sdpa_kernel(SDPBackend.MATH):
-        for k in tqdm(range(steps), desc="steps", leave=False, disable=None):
+    def evaluations() -> int:
+        return len(trace) * rows if method.capturable else evaluate.evaluations
+
+    started = clock(device)
+
+    def keep(k: int, images_of: list[Tensor]) -> None:
+        with torch.no_grad():
+            shown = [image(*(v[r] for v in images_of)) for r in range(rows)] if image else images_of[0].unbind()
+        kept.append(torch.stack(list(shown)).cpu().clone())
+        kept_steps.append(k)
+        kept_evaluations.append(evaluations())
+        kept_seconds.append(clock(device) - started)
+
+    advance = Replayed(iterate) if method.capturable and device.type == "cuda" else iterate
+    with contextlib.closing(evaluate), second_derivatives(), bar(range(steps), desc="steps", leave=False) as steps_bar:
+        said = time.monotonic()
+        for k in steps_bar:
+            if now is not None:
+                now.fill_(k / steps)
             if k in wanted:
-                keep(k)
+                keep(k, lowest_at if best and k else variables)
             trace.append(advance())
             method.between()
-            if settled:
+            if each:
+                with torch.no_grad():
+                    each(k, variables, method.memory)
+                    if project:
+                        project(*variables)
+            if settled or (k % 100 == 99 and method.failed is not None and bool(method.failed.isnan().all())):
                 break
-        evaluations = len(trace) * len(variables[0]) if method.capturable else evaluate.evaluations
+            if not steps_bar.disable and time.monotonic() - said > 0.5:
+                steps_bar.set_postfix_str(f"loss {trace[-1].min().item():.3g}", refresh=False)
+                said = time.monotonic()
+        if now is not None:
+            now.fill_(1)
+        counted = evaluations()
+        if best:
+            remember(evaluate.losses(loss), variables)
+            variables, counted = lowest_at, counted + rows
+            evaluate.variables = variables
         losses = evaluate.losses(rank or loss)
+        if method.failed is not None:
+            losses = losses + method.failed
+        counted += len(losses)
     if frames:
-        keep(len(trace))
-    return Minimum(variables, torch.stack(trace), losses, kept, kept_steps, evaluations + len(losses))
+        keep(len(trace), variables)
+        kept_evaluations[-1] = counted
+    found = Minimum(
+        variables,
+        torch.stack(trace),
+        losses,
+        kept,
+        kept_steps,
+        kept_evaluations,
+        kept_seconds,
+        counted,
+        clock(device) - started,
+    )
+    return _joined(earlier, found) if earlier else found
 
 
-def adam(lr: float, *, signed: bool = False, drops: Sequence[float] = ()) -> Optimiser:
+def _joined(first: Minimum, then: Minimum) -> Minimum:
+    """Two stages as one run."""
+    return Minimum(
+        variables=then.variables,
+        trace=torch.cat([first.trace, then.trace]),
+        losses=then.losses,
+        frames=first.frames + then.frames,
+        frame_steps=first.frame_steps + [len(first.trace) + k for k in then.frame_steps],
+        frame_evaluations=first.frame_evaluations + [first.evaluations + n for n in then.frame_evaluations],
+        frame_seconds=first.frame_seconds + [first.seconds + s for s in then.frame_seconds],
+        evaluations=first.evaluations + then.evaluations,
+        seconds=first.seconds + then.seconds,
+    )
+
+
+def cosine_decay(now: float) -> float:
+    """(1 + cos(pi now)) / 2, from 1 to 0 as `now` goes from 0 to 1."""
+    return (1 + math.cos(math.pi * now)) / 2
+
+
+def adam(
+    lr: float, *, signed: bool = False, drops: Sequence[float] = (), cosine: bool = False, warm_up: int = 0
+) -> Optimiser:
     """Adam (Kingma, Ba, ICLR 2015, algorithm 1), element by element, so that stacked rows stay independent.
 
-    Written out, since on a small network torch.optim.Adam spends a tenth of the iteration in its Python code.
+    Written out, since on a small network torch.optim.Adam spends a tenth of the iteration in its Python code. A row
+    whose loss or gradient is not finite has failed, even where later ones are finite again: the sign of NaN is 0.
 
     Args:
         lr: step size in the units of the variables.
         signed: whether only the sign of the gradient enters.
         drops: fractions of the steps after which lr is cut by ten.
+        cosine: whether lr falls to 0 by `cosine_decay`.
+        warm_up: steps over which lr rises to its value.
     """
 
     beta1, beta2, eps = 0.9, 0.999, 1e-8
@@ -142,27 +259,34 @@ def adam(lr: float, *, signed: bool = False, drops: Sequence[float] = ()) -> Opt
         m, v = ([torch.zeros_like(x) for x in variables] for _ in range(2))
         # lr_k m / (1 - beta1^k) / (sqrt(v / (1 - beta2^k)) + eps) = m / (offset + scale sqrt(v)), on the device
         offset, scale = (torch.empty((), dtype=variables[0].dtype, device=variables[0].device) for _ in range(2))
+        failed = torch.zeros(len(variables[0]), dtype=variables[0].dtype, device=variables[0].device)
         cuts = [int(steps * d) for d in drops]
         k = 0
 
         def prepare() -> None:
             nonlocal k
             rate = lr * 0.1 ** sum(k >= cut for cut in cuts) / (1 - beta1 ** (k + 1))
+            if cosine:
+                rate *= max(1e-6, cosine_decay(k / steps))
+            rate *= min(1, (k + 1) / (warm_up + 1))
             offset.fill_(eps / rate)
             scale.fill_((1 - beta2 ** (k + 1)) ** -0.5 / rate)
             k += 1
 
         def step(evaluate: Evaluate) -> tuple[Rows, bool]:
             losses, gradients = evaluate(slice(None))
+            sound = losses
             for x, g, m_x, v_x in zip(variables, gradients, m, v, strict=True):
+                sound = sound + g.flatten(1).sum(1)
                 g = g.sign() if signed else g
                 m_x.lerp_(g, 1 - beta1)
                 v_x.mul_(beta2).addcmul_(g, g, value=1 - beta2)
                 x.addcdiv_(m_x, torch.addcmul(offset, scale, v_x.sqrt()), value=-1)
+            failed.add_(sound, alpha=0)
             return losses, False
 
         prepare()
-        return Method(step, prepare, capturable=True)
+        return Method(step, prepare, capturable=True, memory={"m": m, "v": v}, failed=failed)
 
     return begin
 
@@ -177,7 +301,7 @@ def lbfgs(lr: float = 1.0, *, max_iter: int = 20, history: int = 100) -> Optimis
     """
 
     def begin(variables: list[Tensor], steps: int) -> Method:
-        return Method(_LBFGS(variables, lr, max_iter, history).step)
+        return Method(_LBFGS(variables, lr, max_iter, history).step, pairs=True)
 
     return begin
 
@@ -301,15 +425,3 @@ class _LBFGS:
 
 def _join(tensors: Sequence[Tensor]) -> Float[Tensor, "R N"]:
     return torch.cat([t.flatten(1) for t in tensors], dim=1)
-
-
-def best_of(losses: Rows) -> int:
-    """The restart with the smallest loss, which is all that an attacker can go by; NaN counts as +inf.
-
-    Raises:
-        FloatingPointError: no loss is finite.
-    """
-    losses = torch.where(losses.isnan(), torch.inf, losses)
-    if not losses.isfinite().any():
-        raise FloatingPointError("no restart ended with a finite loss; lower lr, or start from other seeds")
-    return int(losses.argmin())

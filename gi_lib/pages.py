@@ -1,23 +1,29 @@
 """Pieces of a page that ask nothing of a server: pictures, a slider over the iterations, provenance lines."""
 
+from __future__ import annotations
+
 import base64
 import hashlib
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
 from gi_lib import provenance as made
 from gi_lib import results
 from gi_lib.types import Images
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,7 +129,7 @@ def provenance(frame: pd.DataFrame, study: str) -> Html:
     days = sorted(datetime.fromisoformat(started).date().isoformat() for started in frame["started"])
     facts = [
         f"{ok} of {len(frame)} cases ok",
-        "commit " + ", ".join(dict.fromkeys("unknown" if pd.isna(c) else c for c in frame["commit"])),
+        "commit " + ", ".join(dict.fromkeys(c if isinstance(c, str) else "unknown" for c in frame["commit"])),
         _seeds(sorted(set(frame["seed"]))),
         "profile " + ", ".join(dict.fromkeys(frame["profile"])),
         ", ".join(dict.fromkeys(versions)),
@@ -191,8 +197,8 @@ _SLIDER = Template("""<div class="gi-slider" id="$name" style="color:inherit;mar
 
 
 EXPLORED = (
-    *("attack", "model", "dataset", "psnr", "ssim", "lpips", "label_accuracy", "status", "seconds", "steps"),
-    *("training_steps", "weights", "threat_letter", "update", "defense", "study", "key"),
+    *("attack", "model", "dataset", "identified", "above", "psnr", "ssim", "lpips", "recall", "label_accuracy"),
+    *("status", "seconds", "steps", "training_steps", "weights", "threat_letter", "client", "defense", "study", "key"),
 )
 """Columns of the results explorer, in its order."""
 
@@ -215,11 +221,11 @@ def explorer(frame: pd.DataFrame, folder: Path, plain: Html | str = "") -> Html:
     )
 
 
-def _explored(row: dict, folder: Path) -> list:
+def _explored(row: dict[str, Any], folder: Path) -> list:
     """The values of one record: scores are means over its images, rounded to what is shown."""
     said: list = []
     for column in (*EXPLORED, "error"):
-        value = row[column]
+        value = _above(row) if column == "above" else row[column]
         if isinstance(value, list):
             numbers = [v for v in value if v is not None]
             value = sum(numbers) / len(numbers) if numbers else None
@@ -231,3 +237,11 @@ def _explored(row: dict, folder: Path) -> list:
             said.append(value)
     picture = row["status"] == "ok" and (folder / str(row["study"]) / f"{row['key']}.png").is_file()
     return [*said, int(row["batch_size"]) if picture else 0]
+
+
+def _above(row: dict[str, Any]) -> list[float] | None:
+    """dB above the floor of each image that was not missed."""
+    if not isinstance(row["psnr"], list) or not isinstance(row["floor"], list):
+        return None
+    pairs = zip(row["psnr"], row["floor"], strict=True)
+    return [psnr - floor for psnr, floor in pairs if psnr is not None and not math.isnan(psnr)]

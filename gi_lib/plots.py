@@ -6,16 +6,18 @@ difference. A number that has no record is not printed: cells that were not run 
 counts them.
 """
 
+from __future__ import annotations
+
 import base64
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,6 +25,9 @@ from torch import Tensor
 from gi_lib import results
 from gi_lib.pages import Html, picture, provenance, provenance_live, slider
 from gi_lib.types import Images
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "SURVEY",
@@ -56,7 +61,7 @@ class Figure:
         alt: what a reader who can't see it should know.
     """
 
-    figure: object
+    figure: Any
     alt: str
 
     def _repr_html_(self) -> str:
@@ -194,8 +199,9 @@ def heatmap(
     columns: str = "dataset",
     order: Order | None = None,
     limits: tuple[float, float] = (5, 40),
+    value: str = "psnr",
 ) -> Figure:
-    """Mean PSNR of each pair of a row and a column, with the cases that succeeded of those that ran.
+    """Mean decibels of each pair of a row and a column, with the cases that succeeded of those that ran.
 
     A cell without a number says why: not run (white, "not run"), all failed (crossed) or does not apply (hatched).
 
@@ -203,7 +209,8 @@ def heatmap(
         frame: records of one technique, from `results.read`.
         rows, columns: names of columns of `frame`.
         order: all the values of them to be shown.
-        limits: PSNR in dB where the colours end; the number in the cell does not end there.
+        limits: decibels where the colours end; the number in the cell does not end there.
+        value: "psnr", or "above" for decibels above the floor, the PSNR of an image's own mean colour.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -221,7 +228,7 @@ def heatmap(
     for i, down in enumerate(shown[rows]):
         cells = []
         for j, across in enumerate(shown[columns]):
-            text, ground, hatch = _heat(found.get((down, across)), scale)
+            text, ground, hatch = _heat(found.get((down, across)), value, scale)
             axes.add_patch(
                 Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=ground, edgecolor="#999999", hatch=hatch, lw=0.6)
             )
@@ -237,15 +244,17 @@ def heatmap(
     axes.set_xticks(range(width), [_say(columns, value) for value in shown[columns]])
     axes.set_yticks(range(height), [_say(rows, value) for value in shown[rows]])
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-    figure.colorbar(scale, ax=axes, label="mean PSNR (dB)", extend="both", fraction=0.05)
+    title = {"psnr": "mean PSNR in dB", "above": "mean PSNR above the floor in dB"}[value]
+    figure.colorbar(scale, ax=axes, label=title, extend="both", fraction=0.05)
     values = "; ".join([*said, f"not run: {missing} of {height * width} cells"])
-    return Figure(figure, f"Mean PSNR in dB and cases that succeeded, {rows} by {columns}. {values}.")
+    said_first = f"{title[0].upper()}{title[1:]} and cases that succeeded, {rows} by {columns}."
+    return Figure(figure, f"{said_first} {values}.")
 
 
 _NOT_RUN = "not run"
 
 
-def _heat(row: Mapping | None, scale) -> tuple[str, tuple[float, ...], str]:
+def _heat(row: Mapping | None, value: str, scale: Any) -> tuple[str, tuple[float, ...], str]:
     """What one cell of a heat map says, its colour and its hatch."""
     white = (1.0, 1.0, 1.0, 1.0)
     if row is None:
@@ -254,7 +263,7 @@ def _heat(row: Mapping | None, scale) -> tuple[str, tuple[float, ...], str]:
         return "does not\napply", white, "////"
     if not row["ok"]:
         return f"failed\n0/{row['n']}", white, "xxxx"
-    return f"{row['psnr']:.1f}\n{row['ok']}/{row['n']}", scale.to_rgba(row["psnr"]), ""
+    return f"{row[value]:.1f}\n{row['ok']}/{row['n']}", scale.to_rgba(row[value]), ""
 
 
 def curves(frame: pd.DataFrame, x: str, y: str, by: Sequence[str], labels: tuple[str, str]) -> Figure:
@@ -315,17 +324,18 @@ def table(
 
 
 def _number(row: Mapping, name: str, digits: str) -> str:
-    return "" if pd.isna(row[name]) else format(row[name], digits)
+    return "" if np.isnan(row[name]) else format(row[name], digits)
 
 
 def _interval(row: Mapping) -> str:
-    if pd.isna(row["psnr"]):
+    if np.isnan(row["psnr"]):
         return ""
     return f"{row['psnr']:.1f} ({row['psnr_low']:.1f} to {row['psnr_high']:.1f})"
 
 
-_COLUMNS = {
+_COLUMNS: dict[str, Callable[[Mapping], str]] = {
     "ok / n": lambda row: f"{row['ok']} / {row['n']}" if row["n"] else "does not apply",
+    "above floor (dB)": lambda row: _number(row, "above", "+.1f"),
     "PSNR (dB)": _interval,
     "SSIM": lambda row: _number(row, "ssim", ".3f"),
     "LPIPS": lambda row: _number(row, "lpips", ".3f"),
@@ -353,7 +363,7 @@ def picture_grid(
         order: all the values of them to be shown; a cell without a record stays empty.
     """
     shown = {c: list((order or {}).get(c) or dict.fromkeys(map(_plain, frame[c]))) for c in (rows, columns)}
-    plain = pd.DataFrame({c: frame[c].map(_plain) for c in (rows, columns)}, dtype=object)
+    plain = {c: [_plain(value) for value in frame[c]] for c in (rows, columns)}
     lines, missing = [], 0
     for down in shown[rows]:
         cells = []
@@ -367,7 +377,7 @@ def picture_grid(
         '<div style="overflow-x:auto"><table class="dataframe" style="white-space:nowrap"><thead><tr>'
         f"<td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
         '<p class="caption">Each cell: the image of median PSNR, private on the left, reconstructed on the'
-        " right; below it the mean PSNR and the cases that succeeded."
+        " right; below it the PSNR of this image and the cases that succeeded."
         f" {_not_run(missing, len(shown[rows]) * len(shown[columns]))}</p>"
     )
 
@@ -379,15 +389,18 @@ def _cell(cases: pd.DataFrame, folder: Path) -> str:
     count = f"{len(done)} / {(cases['status'] != 'not applicable').sum()} ok"
     if done.empty:
         return count
-    ranked = sorted((psnr, i, k) for k, row in enumerate(done["psnr"]) for i, psnr in enumerate(row))
+    images = ((psnr, i, k) for k, row in enumerate(done["psnr"]) for i, psnr in enumerate(row))
+    ranked = sorted(image for image in images if image[0] is not None)
+    if not ranked:
+        return f"missed, {count}"
     psnr, i, k = ranked[(len(ranked) - 1) // 2]
     case = done.iloc[k]
     path = results.picture_path(folder / f"{case['study']}.jsonl", case["key"])
     truth, reconstruction = results.read_picture(path, case["batch_size"])
     where = f"{case['attack']} on {case['model']}, {case['dataset']}"
     alt = f"Private image and reconstruction, {where}, {psnr:.1f} dB"
-    mean = np.mean([value for value, _, _ in ranked])
-    return f"{picture(torch.stack([truth[i], reconstruction[i]]), alt, shown=64)}{mean:.1f} dB, {count}"
+    own = f"{psnr:.1f} dB, {psnr - case['floor'][i]:+.1f} from its floor"
+    return f"{picture(torch.stack([truth[i], reconstruction[i]]), alt, shown=64)}{own}; {count}"
 
 
 def _not_run(missing: int, cells: int) -> str:
@@ -396,7 +409,9 @@ def _not_run(missing: int, cells: int) -> str:
 
 def _plain(value: object) -> object:
     """None for pandas's missing values."""
-    return None if pd.api.types.is_scalar(value) and pd.isna(value) else value
+    import pandas as pd
+
+    return None if pd.api.types.is_scalar(value) and pd.isna(value) else value  # type: ignore[call-overload]
 
 
 def _title(column: str) -> str:

@@ -1,15 +1,17 @@
-"""What natural images look like: R(x), one value a row for x [R, B, C, H, W]."""
+"""What natural images look like: R(x), a scalar for one guess x [B, C, H, W]."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gi_lib.types import Rows
+from gi_lib.copies import bn_statistics
+from gi_lib.matching import norm
+from gi_lib.types import Classifier, Images, Statistics
 
-Stack = Float[Tensor, "R B C H W"]
+Scalar = Float[Tensor, ""]
 
 
-def total_variation(x: Stack) -> Rows:
+def total_variation(x: Images) -> Scalar:
     """TV(x) = mean |x[i+1, j] - x[i, j]| + mean |x[i, j+1] - x[i, j]| (anisotropic; Rudin, Osher, Fatemi, 1992).
 
     Each mean runs over images, channels and differences, so that the value does not grow with the image. TV is
@@ -19,12 +21,19 @@ def total_variation(x: Stack) -> Rows:
         s = torch.zeros_like(x)
         for axis in (-2, -1):
             step = x.diff(dim=axis).sign_()
-            n, weight = x.shape[axis] - 1, len(x) / step.numel()
+            n, weight = x.shape[axis] - 1, 1 / max(1, step.numel())
             s.narrow(axis, 1, n).add_(step, alpha=weight)
             s.narrow(axis, 0, n).sub_(step, alpha=weight)
-    return (x * s).flatten(1).sum(1)
+    return (x * s).sum()
 
 
-def l2(x: Stack) -> Rows:
+def l2(x: Images) -> Scalar:
     """Mean of x^2 over all pixels."""
-    return x.square().flatten(1).mean(1)
+    return x.square().mean()
+
+
+def statistics_distance(model: Classifier, x: Images, target: Statistics) -> Scalar:
+    """sum_l |mu_l(x) - mu_l|_2 + |var_l(x) - var_l|_2 over the inputs of the batch norms (Yin et al., CVPR 2021)."""
+    found = bn_statistics(model, x)
+    apart = [a - b for name, goal in target.items() for a, b in zip(found[name], goal, strict=True)]
+    return torch.stack([norm(d) for d in apart]).sum()

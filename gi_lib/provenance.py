@@ -3,31 +3,29 @@
 import contextlib
 import platform
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
 import torch
-import torchvision
-
-import gi_lib
 
 
 def versions() -> dict[str, str]:
     """Name -> version of what the numbers depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-        "gi_lib": gi_lib.__version__,
-    }
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("torchvision", "numpy", "gi_lib"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def commit() -> str | None:
-    """The package's short git hash, with a "+" where it has uncommitted changes; None outside git."""
+    """ "g" and the package's short git hash, with a "+" where it has uncommitted changes; None outside git.
+
+    The letter, as `git describe` writes it, keeps readers of tables from taking a hash of digits for a number.
+    """
     try:
         _git("ls-files", "--error-unmatch", "__init__.py")  # an installed copy may lie below another checkout
-        return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", ".") else "")
+        return "g" + _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -9,13 +9,14 @@ document.addEventListener("DOMContentLoaded", () => {
   const rows = data.rows, PAGE = 50, folder = box.dataset.results;
 
   const TITLES = {
-    attack: "technique", psnr: "PSNR (dB)", ssim: "SSIM", lpips: "LPIPS", label_accuracy: "labels",
+    attack: "technique", above: "dB above floor", recall: "recovered", psnr: "PSNR (dB)", ssim: "SSIM", lpips: "LPIPS", label_accuracy: "labels",
     training_steps: "training steps", threat_letter: "threat", key: "key",
   };
   const FILTERS = ["attack", "model", "dataset", "study", "status"];
   const EMPTY = {weights: "untrained", defense: "none"};
   const NUMBERS = {
-    psnr: v => v.toFixed(1), ssim: v => v.toFixed(3), lpips: v => v.toFixed(3),
+    psnr: v => v.toFixed(1), above: v => v.toFixed(1), identified: v => Math.round(100 * v) + " %",
+    recall: v => Math.round(100 * v) + " %", ssim: v => v.toFixed(3), lpips: v => v.toFixed(3),
     label_accuracy: v => Math.round(100 * v) + " %", seconds: v => brief(v), steps: v => String(v),
     training_steps: v => brief(v),
   };

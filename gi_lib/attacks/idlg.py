@@ -5,30 +5,27 @@
 The gradient of the last layer is negative at the true label alone, so that the label is read off, and
 DLG seeks the image only. The settings are DLG's.
 
-Needs: the batch size, which must be one.
 Departs from the paper: where the last layer has no bias, the rule reads its weights (see labels.idlg);
 otherwise as DLG departs.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from gi_lib import labels
 from gi_lib.attacks.dlg import DLG
-from gi_lib.types import NotApplicableError, Observation, Reconstruction
+from gi_lib.types import Needs, Observation, Reconstruction
 
 
 @dataclass(frozen=True)
 class IDLG(DLG):
-    def many(self, observations: Sequence[Observation], rngs: Sequence[torch.Generator]) -> list[Reconstruction]:
-        """Attack several observations of the same model in one loop."""
-        known = []
-        for obs in observations:
-            obs.need(self, *self.needs)
-            if obs.batch_size != 1:
-                raise NotApplicableError(f"iDLG reads one label, got batch_size={obs.batch_size}; use DLG for a batch")
-            known.append(dataclasses.replace(obs, labels=labels.infer(obs)))
-        return super().many(known, rngs)
+    needs: ClassVar[Needs] = Needs(("client", "batch_size"), model=(labels.readable,), batch=1)
+
+    label_rule: labels.LabelRule = labels.infer
+
+    def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
+        obs.need(self)
+        return super().__call__(dataclasses.replace(obs, labels=self.label_rule(obs)), rng)

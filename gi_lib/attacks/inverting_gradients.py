@@ -6,12 +6,12 @@ by Adam on the sign of the gradient, the step cut by ten after 3/8, 5/8 and 7/8 
 optimiser moves z = (x - mean) / std, the image as the model sees it: there it starts from N(0, 1),
 there TV is taken, and there the box is clamped after each step, all as in the public code.
 
-Needs: the batch size; labels are known, or inferred (idlg for one image, column_min for a batch).
-Departs from the paper: restarts are stacked instead of run one after another. The default of 4,800 steps is
-that of the public script for the baselines; up to 24,000 are quoted second hand.
+Labels are known, or inferred: by the sign rule for one image, by column_min for a batch.
+Departs from the paper: restarts are stacked instead of run one after another; the public code seeks soft labels
+where those of a batch are unknown. The default of 4,800 steps is that of the public script for the baselines; up to
+24,000 are quoted second hand.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,46 +19,53 @@ import torch
 
 from gi_lib import labels
 from gi_lib.matching import Distance, cosine
-from gi_lib.optimise import adam, minimise
+from gi_lib.optimise import adam
 from gi_lib.parametrisations import Pixels
 from gi_lib.priors import total_variation
-from gi_lib.targets import Targets
-from gi_lib.types import Observation, Reconstruction
+from gi_lib.search import gaussian, search
+from gi_lib.types import Needs, Observation, Reconstruction, displayed, real, whole
 
 
 @dataclass(frozen=True)
 class InvertingGradients:
-    needs: ClassVar[tuple[str, ...]] = ("update", "batch_size")
+    needs: ClassVar[Needs] = Needs(("client", "batch_size"), model=(labels.readable,))
+    revision: ClassVar[int] = 1
 
     steps: int = 4800
     lr: float = 0.1  # public code, in the model's units
     tv: float = 1e-4  # alpha, public code
     restarts: int = 1
     distance: Distance = cosine
-    frames: int = 0  # snapshots kept for a slider
+    label_rule: labels.LabelRule = labels.infer
+    frames: int = displayed(0)
+
+    def __post_init__(self):
+        whole(self, "steps", "restarts")
+        whole(self, "frames", least=0)
+        real(self, "lr", above=0)
+        real(self, "tv")
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
-        return self.many([obs], [rng])[0]
+        obs.need(self)
+        y, pixels = self.label_rule(obs), Pixels(obs.model.mean, obs.model.std)
 
-    def many(self, observations: Sequence[Observation], rngs: Sequence[torch.Generator]) -> list[Reconstruction]:
-        """Attack several observations of the same model in one loop."""
-        targets, obs = Targets(self, observations, rngs), observations[0]
-        y = targets.rows([labels.infer(each) for each in observations])
-        z = targets.normal(obs.batch_size, *obs.image_shape)
-        pixels = Pixels(obs.model.mean, obs.model.std)
+        def match(z):
+            return self.distance(obs.simulate(pixels.image(z), y), obs.gradient)
 
-        def match(x, y, target):
-            return self.distance(obs.simulate_rows(x, y), targets.gradient(target))
+        def loss(z):
+            return match(z) + self.tv * total_variation(z)
 
-        found = minimise(
-            lambda z, *row: match(pixels.image(z), *row) + self.tv * total_variation(z),
-            [z],
-            constants=[y, targets.index],
-            optimiser=adam(self.lr, signed=True, drops=(3 / 8, 5 / 8, 7 / 8)),
+        return search(
+            obs,
+            rng,
+            restarts=self.restarts,
             steps=self.steps,
+            start=gaussian(obs),
+            loss=loss,
+            match=match,
+            image=pixels.image,
+            labels=lambda z: y,
+            optimiser=adam(self.lr, signed=True, drops=(3 / 8, 5 / 8, 7 / 8)),
             project=pixels.project,
-            rank=lambda z, *row: match(pixels.image(z).clamp(0, 1), *row),
             frames=self.frames,
-            at_once=obs.at_once,
         )
-        return targets.reconstructions(found, lambda z: pixels.image(z).clamp(0, 1), lambda row, z: y[row])

@@ -4,13 +4,15 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from gi_lib import data, models
-from gi_lib.defenses import Defense
-from gi_lib.federated import ThreatModel, fedsgd
-from gi_lib.types import LocalUpdate, Observation, Reconstruction, nearest
+from gi_lib import checkpoints, data, federated, labels, metrics, models, optimise
+from gi_lib.attacks import ATTACKS
+from gi_lib.defenses import DEFENSES, Defense
+from gi_lib.federated import SGD, Adam, Client, LossGradient, ThreatModel
+from gi_lib.types import Observation, Reconstruction, differing, nearest, whole
 
 Attack = Callable[[Observation, torch.Generator], Reconstruction]
 
@@ -23,29 +25,30 @@ PROFILES = {
 """What a run is for. A profile is written down with its case; each study and chapter says what it means there."""
 
 
-LATER = {"later": True}
-"""Metadata of a field that came after the first records: at its default it is left out of the key's text."""
-
-
 @dataclass(frozen=True)
 class Case:
     """One attack on one batch.
 
     Args:
         attack: a frozen dataclass such as DLG(restarts=8).
-        model: a key of models.MODELS.
+        model: a key of models.MODELS, or another's name as `models.build` takes it.
         dataset: a key of data.DATASETS.
-        indices: the images of the batch, by their index in the split.
-        seed: of the model, the attack and the defense.
-        weights: a key of models.WEIGHTS, or None for the untrained model.
+        indices: the images of the batch, by their index in the split; of all clients, one after another.
+        seed: of the model, the attack and the clients.
+        weights: a key of models.WEIGHTS, name@hash of a checkpoint, or None for the untrained model.
         size: side of the images in pixels; None for the dataset's own.
         split: of the dataset.
-        threat, update, defense: as in `observe`.
+        threat, client, defense: as in `observe`.
+        train: whether the model is in train mode.
+        clients: among how many clients the batch is shared out evenly; the attacker sees their mean.
+        rounds: how many rounds on the same data the attacker sees; between two the server moves the model by
+            `client.lr` times the update. The last one is attacked.
+        auxiliary: a key of data.DATASETS, whose train split is the attacker's own.
+        double: whether clients and attacker compute in float64.
         profile: a key of PROFILES; it is written down, and changes nothing else of the case.
-        double: whether client and attacker compute in float64.
 
     Raises:
-        ValueError: a name is unknown, the indices are empty, or the weights are another model's.
+        ValueError: a name is unknown, a number is out of range, or the weights are another model's.
     """
 
     attack: Attack
@@ -57,54 +60,102 @@ class Case:
     size: int | None = None
     split: str = "test"
     threat: ThreatModel = ThreatModel()
-    update: LocalUpdate = fedsgd
+    client: Client = Client()
     defense: Defense | None = None
-    profile: str = "quick"
-    double: bool = field(default=False, metadata=LATER)
+    train: bool = False
+    clients: int = 1
+    rounds: int = 1
+    auxiliary: str | None = None
+    double: bool = False
+    profile: str = field(default="quick", metadata={"display": True})
 
     def __post_init__(self):
-        names = ((self.model, models.MODELS, "model"), (self.dataset, data.DATASETS, "dataset"))
-        for name, known, kind in (*names, (self.profile, PROFILES, "profile")):
+        if not callable(self.attack) or isinstance(self.attack, type):
+            raise ValueError(f"a case needs an attack with its settings, such as DLG(), got {self.attack!r}")
+        models.check_name(self.model)
+        for name, known, kind in (
+            (self.dataset, data.DATASETS, "dataset"),
+            (self.auxiliary or self.dataset, data.DATASETS, "dataset"),
+            (self.profile, PROFILES, "profile"),
+        ):
             if name not in known:
                 raise ValueError(nearest(name, known, kind))
-        if self.weights is not None and self.weights not in models.WEIGHTS:
-            raise ValueError(nearest(self.weights, models.WEIGHTS, "set of weights"))
-        owner = self.model if self.weights is None else models.WEIGHTS[self.weights].model
-        if owner != self.model:
-            raise ValueError(f"the weights {self.weights!r} belong to {owner!r}, not to {self.model!r}")
-        if not self.indices:
-            raise ValueError("a case needs at least one index; an attack on an empty batch has no meaning")
+        if self.weights is not None:
+            _check_weights(self.weights, self.model)
+        whole(self, "seed", least=0)
+        whole(self, "clients", "rounds")
+        if not isinstance(self.indices, tuple) or not self.indices:
+            raise ValueError("a case needs at least one index, in a tuple; an attack on an empty batch has no meaning")
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.indices):
+            raise ValueError(f"the indices of a case are whole numbers >= 0, got {self.indices!r:.80}")
+        if self.clients > len(self.indices):
+            raise ValueError(f"{self.clients} clients can't share {len(self.indices)} images; give each at least one")
+        if not isinstance(self.threat, ThreatModel) or not isinstance(self.client, Client):
+            raise ValueError("a case needs a ThreatModel and a Client")
+        for fact, given in (("has_auxiliary_data", self.auxiliary is not None), ("many_rounds", self.rounds > 1)):
+            if getattr(self.threat, fact) != given:
+                raise ValueError(
+                    f"the threat model says {fact}={getattr(self.threat, fact)}, and the case says otherwise; set both"
+                    " `auxiliary` or `rounds` and the fact, or neither"
+                )
 
 
-def text(value: object, *, brief: bool = False) -> str:
+def _check_weights(weights: str, model: str) -> None:
+    if "@" in weights:
+        checkpoints.check_reference(weights)
+        return
+    if weights not in models.WEIGHTS:
+        raise ValueError(nearest(weights, models.WEIGHTS, "set of weights"))
+    owner = models.WEIGHTS[weights].model
+    if owner != model:
+        raise ValueError(f"the weights {weights!r} belong to {owner!r}, not to {model!r}")
+
+
+_NAMES: dict[type, str] = {
+    **{cls: name for registry in (ATTACKS, DEFENSES) for name, cls in registry.items()},
+    **{cls: cls.__name__ for cls in (Case, ThreatModel, Client, LossGradient, SGD, Adam)},
+}
+
+
+def text(value: Any, *, brief: bool = False) -> str:
     """A text that is the same in every process and on every machine, and differs where the value differs.
 
-    Dataclasses are written with all their fields, but for those LATER at their default; functions by module and
-    name. `brief` leaves out all fields at their default and the module, for tables.
+    A dataclass is written with the fields that are not at their default, but for those that only display, and with
+    its revision; one of ours by its name in the registry, another by module and name; a function likewise. `brief`,
+    for tables, has class names alone.
 
     Raises:
         ValueError: a part has no such text, as a lambda has none.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [
-            f"{f.name}={text(getattr(value, f.name), brief=brief)}"
-            for f in dataclasses.fields(value)
-            if not ((brief or "later" in f.metadata) and getattr(value, f.name) == f.default)
-        ]
-        return f"{type(value).__qualname__}({', '.join(fields)})"
+        cls = type(value)
+        fields = [f"{name}={text(v, brief=brief)}" for name, v in differing(value).items()]
+        name = cls.__qualname__ if brief else _NAMES.get(cls) or f"{cls.__module__}.{cls.__qualname__}"
+        return f"{name}({', '.join(fields)}){'' if brief else _revision(cls)}"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(text(v, brief=brief) for v in value) + "]"
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
     name = getattr(value, "__qualname__", "<")
-    if "<" in name:
+    if "<" in name or isinstance(value, type):
         raise ValueError(
-            f"{value!r} has no stable text, so that its case has no key; use a named function at the top of a"
+            f"{value!r:.200} has no stable text, so that its case has no key; use a named function at the top of a"
             " module, or a dataclass"
         )
-    return name if brief else f"{value.__module__}.{name}"
+    return name if brief else f"{value.__module__}.{name}{_revision(value)}"
+
+
+def _revision(thing: object) -> str:
+    number = getattr(thing, "revision", None)
+    return f"#{number}" if isinstance(number, int) else ""
 
 
 def key(case: Case) -> str:
-    """The first 12 hexadecimal digits of the SHA-256 of the case's text."""
-    return hashlib.sha256(text(case).encode()).hexdigest()[:12]
+    """The first 12 hexadecimal digits of the SHA-256 of the case's text and of the revisions that it rests on."""
+    rests_on = {"client": federated.revision, "solvers": optimise.revision, "metrics": metrics.revision}
+    if not case.threat.knows_labels:
+        rests_on["labels"] = labels.revision
+    if case.model in models.MODELS:
+        rests_on[case.model] = models.MODELS[case.model].revision
+    whole_text = " ".join([text(case), *(f"{name}#{number}" for name, number in rests_on.items())])
+    return hashlib.sha256(whole_text.encode()).hexdigest()[:12]

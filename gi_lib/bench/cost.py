@@ -1,33 +1,26 @@
-"""What an attack costs: time in units of a training step, and memory."""
+"""What an attack costs: the processor's time, in units of a training step too, and memory."""
 
 import statistics
 import sys
-import time
 
 import torch
 from torch import nn
 
+from gi_lib.execution import clock
 from gi_lib.types import Batch
 
 
 def training_step_seconds(model: nn.Module, batch: Batch, device: str, repeats: int = 10) -> float:
-    """Median wall time of a forward and a backward pass of `model` on `batch`, after one to warm up."""
-    images, labels = batch.images.to(device), batch.labels.to(device)
+    """Median time of a forward and a backward pass of `model` on `batch`, after one to warm up, by `clock`."""
+    p = next(model.parameters())
+    images, labels = batch.images.to(p.device, p.dtype), batch.labels.to(p.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     seconds = []
     for _ in range(1 + repeats):
-        wait(device)
-        start = time.perf_counter()
-        torch.autograd.grad(nn.functional.cross_entropy(model(images), labels), parameters)
-        wait(device)
-        seconds.append(time.perf_counter() - start)
+        start = clock(device)
+        torch.autograd.grad(nn.functional.cross_entropy(model(images), labels), parameters, allow_unused=True)
+        seconds.append(clock(device) - start)
     return statistics.median(seconds[1:])
-
-
-def wait(device: str) -> None:
-    """Until a GPU has done what it was given; a processor has."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def reset_peak(device: str) -> None:

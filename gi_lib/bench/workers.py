@@ -1,4 +1,4 @@
-"""Worker processes for a study."""
+"""Worker processes for a study, which outlive a case that kills one, and end with their parent."""
 
 import contextlib
 import io
@@ -6,38 +6,74 @@ import multiprocessing
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future
+from multiprocessing.connection import wait
+from typing import Any
 
-import torch
-from tqdm import tqdm
+
+class Pool(Executor):
+    """Processes of one thread each. A case that kills its process fails alone; one that takes too long is killed.
+
+    Args:
+        workers: number of processes.
+        limit: wall seconds a case may take; None sets none.
+    """
+
+    def __init__(self, workers: int, limit: float | None = None):
+        from pebble import ProcessPool
+
+        self.limit = limit
+        context = multiprocessing.get_context("spawn")
+        self._processes = ProcessPool(workers, context=context, initializer=_start_worker)
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future:
+        return self._processes.schedule(fn, args=args, kwargs=kwargs, timeout=self.limit)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._processes.stop() if cancel_futures else self._processes.close()
+        self._processes.join()
 
 
 @contextlib.contextmanager
-def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes for `run`, each with one thread; Ctrl-C ends them at once.
+def pool(workers: int, limit: float | None = None) -> Iterator[Pool]:
+    """Worker processes for `run`; Ctrl-C and errors end them at once.
 
     They are started afresh (spawn), so that a script which calls this needs `if __name__ == "__main__":`.
+
+    Args:
+        workers: number of processes, each with one thread.
+        limit: wall seconds a case may take; None sets none.
     """
-    others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as executor:
-        try:
-            yield executor
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            time.sleep(0.2)  # its thread drops the cancelled cases; on those a worker's end would be an error
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.terminate()
-            raise
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"a pool needs workers, a whole number >= 1, got {workers!r}")
+    if limit is not None and not 0 < limit < float("inf"):
+        raise ValueError(f"a time limit is a number of seconds > 0, got {limit!r}")
+    processes = Pool(workers, limit)
+    try:
+        yield processes
+    except BaseException:
+        processes.shutdown(cancel_futures=True)
+        raise
+    processes.shutdown()
 
 
 def _start_worker() -> None:
+    import torch
+    from tqdm import tqdm
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore, which a worker that is ended would leak
     sys.stderr = _NoTerminal(io.FileIO(2, "w", closefd=False), write_through=True)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        signal.raise_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
 
 
 class _NoTerminal(io.TextIOWrapper):
@@ -45,3 +81,36 @@ class _NoTerminal(io.TextIOWrapper):
 
     def isatty(self) -> bool:
         return False
+
+
+@contextlib.contextmanager
+def cluster(address: str, workers: int) -> Iterator[Executor]:
+    """Dask's workers as an executor for `run` (extra gi_lib[dask]). Each takes one case at a time and should have one
+    thread; what it returns is written by this process alone.
+
+    Args:
+        address: of a scheduler, such as tcp://host:8786; a scheduler file; or "local" for processes of this machine.
+        workers: of a local cluster.
+
+    Raises:
+        ValueError: Dask is not installed, or there is no scheduler.
+    """
+    try:
+        from distributed import Client, LocalCluster
+    except ImportError as error:
+        raise ValueError("--dask needs the package distributed (pip install 'gi_lib[dask]')") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            if address == "local":
+                local = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+                client = stack.enter_context(Client(stack.enter_context(local)))
+            elif address.endswith(".json"):
+                client = stack.enter_context(Client(scheduler_file=address))
+            else:
+                client = stack.enter_context(Client(address, timeout=10))
+        except (OSError, ValueError, TimeoutError) as error:
+            raise ValueError(
+                f"no Dask scheduler answers at {address!r} ({error}); start one with `dask scheduler`, or use"
+                " --dask local"
+            ) from error
+        yield stack.enter_context(client.get_executor(pure=False))

@@ -6,6 +6,7 @@ imagenet as `imagenet/images` with `imagenet/labels.csv`; then in torchvision's 
 downloads it there. `digits` and `photos` are embedded and need no data root. `DATASETS` says what there is.
 """
 
+import functools
 import hashlib
 import operator
 import os
@@ -22,7 +23,7 @@ from gi_lib.data.sources import Found, read_celeba, read_imagenet, read_pack, re
 from gi_lib.data.specs import DATASETS, NAMES, DataError, Spec
 from gi_lib.types import Batch, nearest
 
-__all__ = ["DATASETS", "NAMES", "DataError", "Dataset", "Spec", "load", "root"]
+__all__ = ["DATASETS", "NAMES", "DataError", "Dataset", "Spec", "Surrogate", "load", "root"]
 
 Indices = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -96,6 +97,40 @@ class Dataset:
             )
         images = self.images.decode(chosen) if isinstance(self.images, ImageFiles) else self.images[chosen]
         return images, self.labels[chosen]
+
+
+@dataclass(frozen=True, eq=False)
+class Surrogate:
+    """Data of the attacker's own, of the same domain as the private images, and never those.
+
+    Args:
+        dataset: by rule the train split; what is attacked comes from the test split.
+        without: indices of it that are never drawn.
+    """
+
+    dataset: Dataset
+    without: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Of all that can be drawn."""
+        return self.dataset.hash(self._own)
+
+    @functools.cached_property
+    def _own(self) -> list[int]:
+        left_out = set(self.without)
+        own = [i for i in range(len(self.dataset)) if i not in left_out]
+        if not own:
+            raise ValueError(f"nothing of {self.dataset.name} {self.dataset.split} is left to draw")
+        return own
+
+    def draw(self, n: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """n images [n, C, H, W] in [0, 1] and their labels [n], none twice; fewer where there are no more."""
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"draw needs a number of images >= 1, got {n!r}")
+        chosen = torch.randperm(len(self._own), generator=rng)[:n]
+        batch = self.dataset.batch([self._own[i] for i in chosen.tolist()])
+        return batch.images, batch.labels
 
 
 def root(folder: str | Path | None = None) -> Path:

@@ -1,5 +1,6 @@
 """Resizing, and image files that stand in for an array."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,10 @@ class ImageFiles:
         return np.stack([_decode(self.paths[i], self.size) for i in indices])
 
 
+LONGEST = 32
+"""Sides may differ by this factor: a strip of one pixel by 100,000 would be blown up to gigabytes."""
+
+
 def resize(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 [H, W, C] -> [size, size, C]: the shorter side becomes `size`, then the centre square is cut out.
 
@@ -44,7 +49,15 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 def _decode(path: Path, size: int) -> np.ndarray:
     try:
-        with Image.open(path) as image:
-            return resize(np.asarray(image.convert("RGB")), size)
-    except (OSError, Image.DecompressionBombError) as error:  # Pillow's UnidentifiedImageError is an OSError
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if max(image.size) > LONGEST * min(image.size):
+                    raise DataError(
+                        f"{path} is {image.width} x {image.height} pixels, too long a strip for a square of {size};"
+                        " leave it out"
+                    )
+                return resize(np.asarray(image.convert("RGB")), size)
+    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # Pillow's UnidentifiedImageError is an OSError; some damaged PNGs are a SyntaxError to it
         raise DataError(f"{path} can't be decoded ({error}); copy it afresh") from error

@@ -201,11 +201,15 @@ def _photographs(folder: Path, size: int, names: tuple[str, ...]) -> Found:
             f"{folder / 'labels.csv'} can't be read ({type(error).__name__}: {error}); it needs a header line"
             " with the columns file and class_index, and a row for each image"
         ) from error
+    inside = (folder / "images").resolve()
+    outside = [str(path) for path, _ in rows if not path.resolve().is_relative_to(inside)]
     missing = [path.name for path, _ in rows if not path.is_file()]
     wrong = [label for _, label in rows if not 0 <= label < len(names)]
     problem = None
     if not rows:
         problem = "names no images"
+    elif outside:
+        problem = f"names a file outside the folder images: {outside[0]}"
     elif missing:
         problem = f"names an image that isn't in images: {missing[0]}"
     elif wrong:

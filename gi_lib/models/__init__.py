@@ -4,6 +4,8 @@ Every model takes images in [0, 1] and normalises them in its first layer. `buil
 batch norm uses its running statistics; call `.train()` to attack a client whose batch norm uses the batch's own.
 """
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,61 +13,73 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from gi_lib.models import networks
+from gi_lib.models import foreign, networks
 from gi_lib.models.networks import Shape, Tokens
-from gi_lib.types import nearest
+from gi_lib.types import Classifier, nearest
 
 
-class Classifier(nn.Module):
-    """net((x - mean) / std), for images x [B, C, H, W] in [0, 1].
-
-    Attributes:
-        mean, std: [C, 1, 1].
-        num_classes: K.
-    """
-
-    def __init__(self, net: nn.Module, *, mean, std, num_classes: int):
-        super().__init__()
-        self.net, self.num_classes = net, num_classes
-        device = next((p.device for p in net.parameters()), None)
-        for name, value in (("mean", mean), ("std", std)):
-            value = torch.as_tensor(value, dtype=torch.float32, device=device)
-            self.register_buffer(name, value.reshape(-1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net((x - self.mean) / self.std)
-
-
-def wrap(module: nn.Module, *, mean=0.0, std=1.0, num_classes: int) -> Classifier:
+def wrap(module: nn.Module, *, mean: object = 0.0, std: object = 1.0, num_classes: int) -> Classifier:
     """Make any torchvision, timm or own classifier attackable; the module is used as it is, in its own mode.
 
     Args:
-        module: maps normalised images [B, C, H, W] to logits [B, K].
+        module: maps normalised images [B, C, H, W] to logits [B, K], or to an object with such `logits`; for two
+            classes it may give one logit.
         mean, std: numbers or one for each channel; the normalisation that the module expects of [0, 1] images.
         num_classes: K.
+
+    Raises:
+        ValueError: an argument is not of this kind.
     """
-    if num_classes < 2 or torch.as_tensor(std).le(0).any():
-        raise ValueError(f"wrap needs num_classes >= 2 and std > 0, got {num_classes} and {std}")
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"wrap needs a torch.nn.Module, got {type(module).__name__}; make one of it")
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+        hint = "; a model with one logit has two classes" if num_classes == 1 else ""
+        raise ValueError(f"wrap needs num_classes, a whole number >= 2, got {num_classes!r}{hint}")
+    try:
+        values = [torch.as_tensor(v, dtype=torch.float32) for v in (mean, std)]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"wrap needs mean and std as numbers, or one a channel, got {mean!r} and {std!r}") from error
+    if not all(v.isfinite().all() and v.numel() for v in values) or values[1].le(0).any():
+        raise ValueError(f"wrap needs a finite mean, and a finite std > 0, got {mean!r} and {std!r}")
     return Classifier(module, mean=mean, std=std, num_classes=num_classes)
 
 
-def build(name: str, *, num_classes: int, image_shape: Shape, seed: int = 0, mean=0.0, std=1.0) -> Classifier:
-    """A model of the survey, untrained, in eval mode. The same seed gives the same weights everywhere.
+def with_front(model: Classifier, front: nn.Module) -> Classifier:
+    """A copy of the classifier whose network sees front(x) in place of its normalised images x.
+
+    The layers of both are at `net.front` and `net.back`.
+    """
+    net = nn.Sequential(OrderedDict(front=front, back=copy.deepcopy(model.net)))
+    planted = Classifier(net, mean=model.mean, std=model.std, num_classes=model.num_classes)
+    return planted.to(model.mean.dtype).train(model.training)
+
+
+def build(
+    name: str, *, num_classes: int, image_shape: Shape, seed: int = 0, mean: object = None, std: object = None
+) -> Classifier:
+    """An untrained model, in eval mode. The same seed gives the same weights everywhere.
 
     Args:
-        name: a key of MODELS.
+        name: a key of MODELS; or torchvision:NAME, timm:NAME, or package.module:factory, which is called as
+            factory(num_classes, image_shape) and returns a module.
         num_classes: K.
         image_shape: (C, H, W).
-        seed: of the weights, each layer's initialisation as the model's entry states.
-        mean, std: normalisation of the first layer; none by default.
+        seed: of the weights, each layer's initialisation as the model's entry states; what a library or a factory
+            draws from torch's global generator comes from it too.
+        mean, std: normalisation of the first layer. None is that of the library's own configuration where it has
+            one, else no normalisation.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or the model can't be built for these images.
     """
-    if name not in MODELS:
-        raise ValueError(nearest(name, MODELS, "model"))
+    check_name(name)
+    if ":" in name:
+        net, own_mean, own_std = foreign.build(name, num_classes, image_shape, seed)
+        given = {"mean": own_mean if mean is None else mean, "std": own_std if std is None else std}
+        return wrap(net, **given, num_classes=num_classes).eval()
+    mean, std = (default if value is None else value for value, default in ((mean, 0.0), (std, 1.0)))
     with torch.device("meta"):  # layers would draw their default weights from the global generator
         net = MODELS[name].make(num_classes, image_shape)
     net.to_empty(device="cpu")
@@ -84,6 +98,19 @@ def build(name: str, *, num_classes: int, image_shape: Shape, seed: int = 0, mea
         elif isinstance(layer, nn.Conv2d | nn.Linear):
             MODELS[name].initialise(layer, rng)
     return wrap(net, mean=mean, std=std, num_classes=num_classes).eval()
+
+
+def check_name(name: str) -> None:
+    """ValueError unless `build` knows the name; one with a colon is looked up when it is built."""
+    if ":" in name:
+        foreign.check_name(name)
+    elif name not in MODELS:
+        raise ValueError(nearest(name, MODELS, "model"))
+
+
+def normalised(name: str) -> bool | None:
+    """Whether studies normalise the model's input by the dataset; None where it brings its own normalisation."""
+    return None if ":" in name else MODELS[name].normalised
 
 
 def pretrained(name: str, *, root: Path) -> Classifier:
@@ -149,6 +176,8 @@ class Architecture:
     initialise: Callable[[nn.Conv2d | nn.Linear, torch.Generator], None]
     normalised: bool
     """Whether studies normalise its input by the dataset's mean and standard deviation."""
+    revision: int = 1
+    """Raised when its weights or its function change, so that its cases run again."""
 
     @property
     def about(self) -> str:

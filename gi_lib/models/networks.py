@@ -1,10 +1,13 @@
 """The networks themselves: (num_classes, image_shape) -> module, its weights as PyTorch draws them."""
 
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 import torch
-import torchvision
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torchvision.models import ResNet
 
 Shape = tuple[int, int, int]
 
@@ -60,7 +63,9 @@ def cnn6(num_classes: int, image_shape: Shape) -> nn.Module:
 
 def vgg11(num_classes: int, image_shape: Shape) -> nn.Module:
     """torchvision's VGG-11; up to 64 px its pools round sizes up and one dense layer takes the place of three."""
-    net = torchvision.models.vgg11(num_classes=num_classes)
+    from torchvision.models import vgg11  # slow to import
+
+    net = vgg11(num_classes=num_classes)
     c, h, _ = image_shape
     if c != 3:
         net.features[0] = nn.Conv2d(c, 64, 3, padding=1)
@@ -74,15 +79,19 @@ def vgg11(num_classes: int, image_shape: Shape) -> nn.Module:
 
 def resnet18(num_classes: int, image_shape: Shape) -> nn.Module:
     """torchvision's ResNet-18; up to 64 px its stem is one 3x3 convolution of stride 1, without a pool."""
-    return _stem(torchvision.models.resnet18(num_classes=num_classes), image_shape)
+    from torchvision.models import resnet18
+
+    return _stem(resnet18(num_classes=num_classes), image_shape)
 
 
 def resnet50(num_classes: int, image_shape: Shape) -> nn.Module:
     """torchvision's ResNet-50, its stem as that of ResNet-18."""
-    return _stem(torchvision.models.resnet50(num_classes=num_classes), image_shape)
+    from torchvision.models import resnet50
+
+    return _stem(resnet50(num_classes=num_classes), image_shape)
 
 
-def _stem(net: torchvision.models.ResNet, image_shape: Shape) -> nn.Module:
+def _stem(net: "ResNet", image_shape: Shape) -> nn.Module:
     c, h, _ = image_shape
     if h <= 64:
         net.conv1, net.maxpool = nn.Conv2d(c, 64, 3, padding=1, bias=False), nn.Identity()
@@ -240,7 +249,9 @@ def lenet5(num_classes: int, image_shape: Shape) -> nn.Module:
 
 def squeezenet(num_classes: int, image_shape: Shape) -> nn.Module:
     """torchvision's SqueezeNet 1.1, which ends in a convolution, a ReLU and a mean."""
-    net = torchvision.models.squeezenet1_1(num_classes=num_classes)
+    from torchvision.models import squeezenet1_1
+
+    net = squeezenet1_1(num_classes=num_classes)
     if image_shape[0] != 3:
         net.features[0] = nn.Conv2d(image_shape[0], 64, 3, stride=2)
     return net

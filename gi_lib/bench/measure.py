@@ -1,0 +1,306 @@
+"""One case, from its data to its record."""
+
+import contextlib
+import dataclasses
+import errno
+import math
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gi_lib import checkpoints, data, metrics, models, provenance
+from gi_lib.attacks import ATTACKS
+from gi_lib.bench.cases import Case, key, text
+from gi_lib.bench.cost import peak_mb, reset_peak, training_step_seconds
+from gi_lib.execution import clock
+from gi_lib.federated import observe
+from gi_lib.results import Progress, Record
+from gi_lib.types import Batch, Classifier, Images, NotApplicableError, Observation, Reconstruction, Scores
+
+CANDIDATES = 500
+"""Images of the split among which a reconstruction must find its original, to count as identified."""
+SNAPSHOTS = 10
+"""At how many numbers of gradient evaluations a run is scored."""
+ATTACK_STREAM, CLIENT_STREAM, SERVER_STREAM = 1_000_000, 2_000_000, 3_000_000
+
+Measured = tuple[Record, tuple[Images, Images] | None]
+"""A record without the commit, and the true and reconstructed images."""
+
+
+class AttackError(Exception):
+    """What an attack raised, whatever it was: a failure of its case, and of nothing else."""
+
+
+def measure(case: Case, root: Path | None, device: str) -> Measured:
+    """Run a case; a failure of any kind is its result.
+
+    Raises:
+        OSError: the disk is full, outside the attack.
+    """
+    try:
+        return attempt(case, root, device)
+    except AttackError as error:
+        cause = error.__cause__ or error
+        status = "not applicable" if isinstance(cause, NotApplicableError) else "failed"
+        return failed(case, device, _said(cause), status)
+    except NotApplicableError as error:
+        return failed(case, device, _said(error), "not applicable")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return failed(case, device, _said(error))
+
+
+def failed(case: Case, device: str, reason: str, status: str = "failed") -> Measured:
+    """The record of a case that has come to nothing."""
+    return {**_begin(case, device), "status": status, "error": reason}, None  # type: ignore[typeddict-item]
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception as inner:  # an exception of the user's own, whose text raises
+        return f"{type(error).__name__}, whose text can't be had ({type(inner).__name__})"
+
+
+def attempt(case: Case, root: Path | None, device: str) -> Measured:
+    """`measure`, but a failure raises: AttackError where it is the attack's, with what it raised as its cause."""
+    record = _begin(case, device)
+    with _one_thread(), torch.random.fork_rng(devices=[]):
+        dataset = data.load(case.dataset, split=case.split, size=case.size, root=root)
+        batch = dataset.batch(case.indices)
+        model = network(case, dataset, root).to(device, torch.float64 if case.double else torch.float32)
+        obs = _observed(case, model.train(case.train), dataset, batch, root)
+        attack = _with_snapshots(case.attack)
+        before = training_step_seconds(model, batch, device)
+        reset_peak(device)
+        wall, start = time.perf_counter(), clock(device)
+        rec = _attacked(attack, obs, torch.Generator().manual_seed(case.seed + ATTACK_STREAM))
+        cpu, seconds = clock(device) - start, time.perf_counter() - wall
+        peak = peak_mb(device)
+        step = (before + training_step_seconds(model, batch, device)) / 2
+        most = _at_most(case.attack, obs, batch)
+        if len(rec.images) > most:
+            raise ValueError(
+                f"the attack returned {len(rec.images)} images, and may return {most}: the best of many guesses"
+                " flatters; declare more by `at_most`, or choose among them"
+            )
+        scores = metrics.evaluate(rec, batch, root=root)
+        candidates = dataset.batch(range(min(len(dataset), CANDIDATES))).images
+    found = _values(rec, scores, batch, candidates)
+    found |= {
+        "data_hash": dataset.hash(case.indices),
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "peak_memory_mb": peak,
+        "training_step_seconds": step,
+        "training_steps": cpu / step,
+        "evaluation_training_steps": cpu / step / rec.gradient_evaluations if rec.gradient_evaluations else None,
+    }
+    return {**record, **found}, (batch.images, _shown(rec, scores))  # type: ignore[typeddict-item]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _observed(case: Case, model: Classifier, dataset: data.Dataset, batch: Batch, root: Path | None) -> Observation:
+    auxiliary = None
+    if case.auxiliary is not None:
+        auxiliary = data.Surrogate(data.load(case.auxiliary, split="train", size=case.size, root=root))
+    trapdoor, sent = None, model
+    if hasattr(case.attack, "plant"):
+        server = torch.Generator().manual_seed(case.seed + SERVER_STREAM)
+        granted = auxiliary if case.threat.has_auxiliary_data else None
+        sent, trapdoor = _of_the_attack(case.attack.plant, model, dataset.image_shape, granted, server)
+    parts = torch.arange(len(batch)).tensor_split(case.clients)
+    batches = [Batch(batch.images[part], batch.labels[part]) for part in parts]
+    rng = torch.Generator().manual_seed(case.seed + CLIENT_STREAM)
+    earlier: list[Observation] = []
+    for _ in range(case.rounds):
+        threat = case.threat if earlier or case.rounds == 1 else dataclasses.replace(case.threat, many_rounds=False)
+        obs = observe(
+            sent if isinstance(sent, list) else [sent] * case.clients,
+            batches,
+            client=case.client,
+            threat=threat,
+            defense=case.defense,
+            trapdoor=trapdoor,
+            auxiliary=auxiliary,
+            earlier=earlier,
+            rng=rng,
+        )
+        earlier.append(obs)
+        with torch.no_grad():
+            for name, p in sent.named_parameters() if isinstance(sent, torch.nn.Module) else ():
+                if case.rounds > 1 and p.requires_grad:
+                    p -= case.client.lr * obs.gradient[name]
+    return obs
+
+
+def _of_the_attack(function: Any, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit, too
+        raise AttackError from error
+
+
+def _attacked(attack: Any, obs: Observation, rng: torch.Generator) -> Reconstruction:
+    rec = _of_the_attack(attack, obs, rng)
+    if not isinstance(rec, Reconstruction):
+        raise AttackError from TypeError(f"an attack must return a Reconstruction, got {type(rec).__name__}")
+    if rec.images.shape[1:] != torch.Size(obs.image_shape):
+        raise AttackError from ValueError(
+            f"the attack returned images {list(rec.images.shape[1:])}, the private ones are {list(obs.image_shape)}"
+        )
+    labels = None if rec.labels is None else rec.labels.cpu()
+    return dataclasses.replace(rec, images=rec.images.detach().cpu(), labels=labels)
+
+
+def _with_snapshots(attack: Any) -> Any:
+    """An attack that can show its progress does, at its frames' number of steps or more."""
+    if dataclasses.is_dataclass(attack) and getattr(attack, "frames", SNAPSHOTS) < SNAPSHOTS:
+        return dataclasses.replace(attack, frames=SNAPSHOTS)  # type: ignore[type-var]
+    return attack
+
+
+def _at_most(attack: Any, obs: Observation, batch: Batch) -> int:
+    declared = getattr(attack, "at_most", None)
+    return declared(obs) if declared else len(batch)
+
+
+def _numbers(values: Tensor | None) -> list[float | None] | None:
+    """A list for a record: null for NaN and infinity."""
+    if values is None:
+        return None
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _values(rec: Reconstruction, scores: Scores, batch: Batch, candidates: Tensor) -> dict[str, Any]:
+    found = {name: _numbers(getattr(scores, name)) for name in ("psnr", "floor", "ssim", "lpips", "mse")}
+    return {
+        **found,
+        "identified": _identified(rec.images, scores.matched, batch.images, candidates),
+        "chance": 1 / len(candidates),
+        "returned": scores.returned,
+        "recall": scores.recall,
+        "image_precision": scores.precision,
+        "label_accuracy": scores.label_accuracy,
+        "loss": rec.loss if math.isfinite(rec.loss) else None,
+        "restart_losses": None if rec.losses is None else _numbers(rec.losses),
+        "curve": _curve(rec, batch, candidates),
+        "notes": _notes(rec.notes),
+        "steps": rec.steps,
+        "gradient_evaluations": rec.gradient_evaluations,
+    }
+
+
+def _identified(images: Tensor, matched: Tensor, truth: Tensor, candidates: Tensor) -> list[bool]:
+    hit = matched >= 0
+    found = torch.zeros(len(truth), dtype=torch.bool)
+    if hit.any():
+        found[hit] = metrics.identified(images[matched[hit]].clamp(0, 1), truth[hit], candidates)
+    return found.tolist()
+
+
+def _curve(rec: Reconstruction, batch: Batch, candidates: Tensor) -> Progress | None:
+    """The scores of the snapshots. The attack has ended: it sees nothing of them."""
+    if rec.frames is None or len(rec.frame_evaluations) != len(rec.frames):
+        return None
+    psnr, identified = [], []
+    for frame in rec.frames.cpu():
+        if not torch.isfinite(frame).all():
+            psnr.append([None] * len(batch))
+            identified.append([False] * len(batch))
+            continue
+        matched = metrics.align(frame, batch.images)
+        hit = matched >= 0
+        values = torch.full((len(batch),), torch.nan, dtype=torch.float64)
+        values[hit] = metrics.psnr(frame[matched[hit]], batch.images[hit])
+        psnr.append(_numbers(values) or [])
+        identified.append(_identified(frame, matched, batch.images, candidates))
+    seconds = [round(float(s), 6) for s in rec.frame_seconds]
+    return Progress(evaluations=list(rec.frame_evaluations), seconds=seconds, psnr=psnr, identified=identified)
+
+
+def _notes(notes: dict[str, Any]) -> dict[str, Any] | None:
+    plain = {name: value for name, value in notes.items() if isinstance(value, str | bool | int | float | None)}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()} or None
+
+
+def _shown(rec: Reconstruction, scores: Scores) -> Images:
+    """The reconstructions in the order of the truth; black where an image is missed."""
+    shown = torch.zeros(len(scores.matched), *rec.images.shape[1:], dtype=rec.images.dtype)
+    hit = scores.matched >= 0
+    shown[hit] = rec.images[scores.matched[hit]]
+    return shown
+
+
+def network(case: Case, dataset: data.Dataset, root: Path | None) -> Classifier:
+    """The model of a case: public weights with their own normalisation, or the dataset's, or what a library states.
+
+    Raises:
+        ValueError: the weights expect other images or classes than the dataset's, or another network.
+    """
+    if case.weights in models.WEIGHTS:
+        entry = models.WEIGHTS[case.weights]
+        if (entry.image_shape, entry.num_classes) != (dataset.image_shape, dataset.num_classes):
+            raise ValueError(
+                f"{case.weights!r} expects images {entry.image_shape} of {entry.num_classes} classes,"
+                f" {case.dataset!r} has {dataset.image_shape} of {dataset.num_classes}"
+            )
+        return models.pretrained(case.weights, root=data.root(root))
+    shape: dict[str, Any] = {"num_classes": dataset.num_classes, "image_shape": dataset.image_shape}
+    if models.normalised(case.model):
+        shape |= {"mean": dataset.mean, "std": dataset.std}
+    model = models.build(case.model, **shape, seed=case.seed)
+    if case.weights is not None:
+        tensors = checkpoints.load(case.weights)
+        try:
+            model.load_state_dict({name: value.to(model.mean.dtype) for name, value in tensors.items()})
+        except RuntimeError as error:
+            raise ValueError(
+                f"{case.weights} holds another network than {case.model} on {case.dataset}: {error}"
+            ) from error
+    return model
+
+
+_SAME = (
+    *("model", "weights", "dataset", "split", "size", "seed", "train", "clients", "rounds", "auxiliary", "profile"),
+)
+
+
+def _begin(case: Case, device: str) -> Record:
+    known = {cls: name for name, cls in ATTACKS.items()}
+    values = {
+        "key": key(case),
+        "status": "ok",
+        "attack": known.get(type(case.attack), getattr(type(case.attack), "__name__", "")),
+        "attack_text": text(case.attack, brief=True),
+        "indices": list(case.indices),
+        "threat": text(case.threat, brief=True),
+        "threat_letter": case.threat.letter,
+        "defense": None if case.defense is None else text(case.defense, brief=True),
+        "client": str(case.client),
+        "batch_size": len(case.indices),
+        "restarts": getattr(case.attack, "restarts", 1),
+        "device": provenance.device_name(device),
+        "precision": "float64" if case.double else provenance.precision(device),
+        "versions": provenance.versions(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    values |= {name: getattr(case, name) for name in _SAME}
+    return {name: values.get(name) for name in Record.__annotations__}  # type: ignore[return-value]

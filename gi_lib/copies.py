@@ -1,0 +1,328 @@
+"""The attacker's copy of anybody's classifier: unwrapped, made of plain functions, and proven to be the same one.
+
+Everything that can make a model useless for gradient inversion is looked for here, once, before anything runs.
+"""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gi_lib.execution import second_derivatives
+from gi_lib.types import Classifier, Gradient, Parameters, Statistics
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_WRAPPERS = {  # class -> the attribute that holds what it wraps; by name, since some are not installed everywhere
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "GradSampleModule": "_module",
+}
+_MASKS = ("Dropout", "AlphaDropout", "FeatureAlphaDropout", "RReLU", "StochasticDepth", "DropPath", "DropBlock")
+
+
+_SEEN: ContextVar[list[tuple["BatchNorm", Tensor]] | None] = ContextVar("seen", default=None)
+"""Where the batch norms of this thread write down what they are given; None where nobody asks."""
+
+
+class BatchNorm(nn.Module):
+    """nn.BatchNorm as a function of its input alone, with the same parameter names.
+
+    The original writes its running statistics in train mode, and has no batching rule in eval mode, where it is
+    the affine map x -> (x - mean) / sqrt(var + eps) * weight + bias.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
+        super().__init__()
+        self.weight, self.bias, self.eps, self.momentum = norm.weight, norm.bias, norm.eps, norm.momentum
+        self.own_statistics = norm.training or norm.running_mean is None
+        self.register_buffer("running_mean", norm.running_mean)
+        self.register_buffer("running_var", norm.running_var)
+        self.register_buffer("num_batches_tracked", norm.num_batches_tracked)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (seen := _SEEN.get()) is not None:
+            seen.append((self, x))
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        if self.own_statistics:
+            if x.numel() == x.shape[1]:
+                raise ValueError(
+                    f"batch norm in train mode needs more than one value a channel, got input {list(x.shape)}: no"
+                    " client can train so; observe a larger batch, or call .eval() on the model"
+                )
+            mean, var = batch_statistics(x)
+        else:
+            assert self.running_mean is not None and self.running_var is not None
+            mean, var = self.running_mean, self.running_var
+        scale = (var + self.eps).rsqrt()
+        if self.weight is None:
+            return (x - mean.view(shape)) * scale.view(shape)
+        scale = scale * self.weight
+        return x * scale.view(shape) + (self.bias - mean * scale).view(shape)
+
+
+class _Hardsigmoid(nn.Module):
+    """clamp(x / 6 + 1/2, 0, 1), which has a second derivative where torch's own kernel has none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x / 6 + 0.5).clamp(0, 1)
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [C] and biased variance [C] of x [B, C, ...] over all axes but the second."""
+    axes = [0, *range(2, x.ndim)]
+    return x.mean(axes), x.var(axes, unbiased=False)
+
+
+def attackers_copy(model: nn.Module, image_shape: tuple[int, int, int], batch_size: int = 2) -> Classifier:
+    """`functional_copy`, proven to be the same function as the model, and to have the derivatives that attacks need.
+
+    Where units are dropped at random in train mode, the copy drops none, with a warning: the masks are the client's.
+
+    Args:
+        model: a Classifier (models.build, models.wrap), perhaps wrapped.
+        image_shape: (C, H, W) of what it will see.
+        batch_size: images of the probe.
+
+    Raises:
+        ValueError: the model can't be attacked; the sentence says why and what to do.
+    """
+    mine = functional_copy(model)
+    reference = _plain(_deep_copy(unwrapped(model)))
+    if dropping := masks(mine):
+        _stop(reference, dropping)
+        _stop(mine, dropping)
+        warnings.warn(
+            f"{', '.join(dropping)} drops units at random in train mode: the client does, and the attacker, who can't"
+            " know which, drops none; call .eval() on the model where the client does not drop either",
+            stacklevel=3,
+        )
+    _prove(mine, reference, image_shape, batch_size)
+    mine.attackers_copy = True
+    return mine
+
+
+def functional_copy(model: nn.Module) -> Classifier:
+    """A deep copy of a classifier that can be differentiated twice and stacked. The caller's is untouched.
+
+    Wrappers (torch.compile, DataParallel, Opacus) are taken off. Batch norms, and no subclass of them, become plain
+    functions of their input, activations stop working in place, Hardsigmoid is written out.
+
+    Raises:
+        ValueError: the model is not wrapped, was compiled by torch.jit, or has nothing to train.
+    """
+    original = unwrapped(model)
+    if not isinstance(original, Classifier):
+        raise ValueError(
+            f"{type(original).__name__} is not wrapped: it has no num_classes; wrap it:"
+            " models.wrap(net, mean=..., std=..., num_classes=...)"
+        )
+    for name, module in original.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{name or 'the model'} is a torch.jit module, which can't be copied layer by layer; pass the Python"
+                " module that it was made from"
+            )
+    if not any(p.requires_grad for p in original.parameters()):
+        raise ValueError(
+            "the model has no trainable parameter, and there is no gradient to share; if its parameters are frozen,"
+            " call requires_grad_(True) on those that the client trains"
+        )
+    mine = _plain(_deep_copy(original))
+    for parent in list(mine.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in BATCH_NORMS:
+                assert isinstance(child, nn.modules.batchnorm._BatchNorm)
+                setattr(parent, name, BatchNorm(child))
+            elif type(child) is nn.Hardsigmoid:
+                setattr(parent, name, _Hardsigmoid())
+            elif type(child).__module__.startswith("torch.nn.") and getattr(child, "inplace", False):
+                child.inplace = False  # type: ignore[assignment]
+    return mine
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What torch.compile, DataParallel or Opacus have wrapped."""
+    while isinstance(model, nn.Module) and (inner := _WRAPPERS.get(type(model).__name__)) and hasattr(model, inner):
+        model = getattr(model, inner)
+    return model
+
+
+def _deep_copy(model: nn.Module) -> nn.Module:
+    """copy.deepcopy, also where a layer holds a tensor that it has computed (torch.nn.utils.weight_norm)."""
+    memo = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, memo)
+
+
+def _plain(model: nn.Module) -> Classifier:
+    """Take the wrappers off inside a copy, and the hooks that Opacus has put on the layers."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ == "GradSampleModule" and hasattr(child, "remove_hooks"):
+                child.remove_hooks()
+            if (inner := unwrapped(child)) is not child:
+                setattr(parent, name, inner)
+    assert isinstance(model, Classifier)
+    return model
+
+
+def masks(model: nn.Module) -> list[str]:
+    """Names of the layers that drop units at random, in the mode that the model is in."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if module.training
+        and (
+            type(module).__name__.rstrip("123d") in _MASKS
+            or (isinstance(module, nn.MultiheadAttention) and module.dropout > 0)
+        )
+    ]
+
+
+def _stop(model: nn.Module, names: list[str]) -> None:
+    for name in names:
+        model.get_submodule(name).eval()
+
+
+def _prove(mine: Classifier, reference: Classifier, image_shape: tuple[int, int, int], batch_size: int) -> None:
+    """Every property that an attack relies on, each with the sentence for the case that it does not hold."""
+    first = next(mine.parameters())
+    draw = torch.Generator().manual_seed(0)
+    images = torch.rand(batch_size, *image_shape, generator=draw).to(first.device, first.dtype)
+    theta = Parameters(mine)
+    with torch.random.fork_rng(devices=[first.device] if first.is_cuda else []), second_derivatives():
+        before = torch.get_rng_state()
+        logits = _logits(mine, images)
+        mine.draws = not torch.equal(before, torch.get_rng_state())
+        torch.set_rng_state(before)
+        with torch.no_grad():
+            theirs = _logits(reference, images)
+        if not torch.allclose(logits, theirs, rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise ValueError(
+                "the attacker's copy of this model computes other logits than the model itself (up to"
+                f" {(logits - theirs).abs().max():.2g} apart); {_custom(reference)}"
+            )
+        # What the pass reads past the modules' attributes, functional_call does not replace.
+        moved = {name: p.detach() * 0.9 + 0.01 * p.detach().std(correction=0) for name, p in theta.items()}
+        _refuse_hidden_parameters(mine, reference, moved, images, before)
+        torch.set_rng_state(before)
+        _differentiate_twice(mine, theta, images)
+
+
+def _logits(model: Classifier, images: Tensor) -> Tensor:
+    try:
+        out = model(images)
+    except ValueError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, IndexError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the model does not take images {list(images.shape)} of {images.dtype} ({reason}); check the image"
+            " shape, the normalisation and the device"
+        ) from error
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(images):
+        said = f"a tensor {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(
+            f"the model must return logits [{len(images)}, {model.num_classes}], got {said}; return the logits alone,"
+            " or an object with the attribute `logits`"
+        )
+    if out.shape[1] != model.num_classes:
+        raise ValueError(
+            f"the model gives {out.shape[1]} logits, and it was wrapped with num_classes={model.num_classes};"
+            f" wrap it with num_classes={max(2, out.shape[1])}"
+        )
+    return out
+
+
+def _refuse_hidden_parameters(
+    mine: Classifier, reference: Classifier, moved: Gradient, images: Tensor, before: Tensor
+) -> None:
+    own = Parameters(reference)
+
+    def agree(names: list[str]) -> bool:
+        theta = {name: moved[name] if name in names else own[name].detach().clone() for name in moved}
+        kept = {name: p.detach().clone() for name, p in own.items()}
+        with torch.no_grad():
+            torch.set_rng_state(before)
+            mine_now = functional_call(mine, theta, (images,))
+            for name in names:
+                own[name].copy_(moved[name])
+            torch.set_rng_state(before)
+            theirs_now = reference(images)
+            for name, p in own.items():
+                p.copy_(kept[name])
+        return torch.allclose(mine_now, theirs_now, rtol=1e-2, atol=1e-3, equal_nan=True)
+
+    if not agree(list(moved)):
+        hidden = [name for name in moved if not agree([name])]
+        raise ValueError(
+            f"the model reads {', '.join(hidden) or 'some parameter'} past its attributes (from a list, a dict or a"
+            " closure), so that a local step can't be simulated; hold parameters in nn.ParameterList or ParameterDict"
+        )
+
+
+def _differentiate_twice(model: Classifier, theta: Gradient, images: Tensor) -> None:
+    x = images.clone().requires_grad_()
+    with torch.enable_grad():
+        loss = F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.int64, device=x.device))
+        names, leaves = list(theta), list(theta.values())
+        found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        unused = [name for name, g in zip(names, found, strict=True) if g is None]
+        if len(unused) == len(names):
+            raise ValueError(
+                "no trainable parameter takes part in the forward pass; unfreeze those that the client trains"
+            )
+        if unused:
+            warnings.warn(f"the forward pass does not use {', '.join(unused)}: their gradient is zero", stacklevel=5)
+        try:
+            torch.autograd.grad(sum(g.square().sum() for g in found if g is not None), x, allow_unused=True)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"the model can't be differentiated twice, as an attack must ({reason}); replace that operation by one"
+                " that torch differentiates twice, for example a clamp"
+            ) from error
+
+
+def _custom(model: nn.Module) -> str:
+    """Which layers may be why."""
+    names = {type(m).__name__ for m in model.modules() if not type(m).__module__.startswith("torch.nn.")}
+    return f"its layers {', '.join(sorted(names))} may change with each pass, or depend on what was passed before"
+
+
+def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
+    """The batch norms of an attacker's copy by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, BatchNorm)}
+
+
+@contextlib.contextmanager
+def inputs_of_batch_norms() -> Iterator[list[tuple[BatchNorm, Tensor]]]:
+    """Each batch norm that this thread runs, with its input, in order."""
+    seen: list[tuple[BatchNorm, Tensor]] = []
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
+
+
+def bn_statistics(model: nn.Module, images: Tensor) -> Statistics:
+    """Mean and biased variance of each batch norm's input over the images, differentiable in them."""
+    names = {id(layer): name for name, layer in batch_norms(model).items()}
+    with inputs_of_batch_norms() as seen:
+        model(images)
+    return {names[id(layer)]: batch_statistics(x) for layer, x in seen if id(layer) in names}

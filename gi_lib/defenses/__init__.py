@@ -1,0 +1,12 @@
+"""One file a family. A defense is a frozen dataclass that overrides the hook where it acts."""
+
+from gi_lib.defenses.base import Defense
+from gi_lib.defenses.dp_sgd import DPSGD, ClippedGradients
+from gi_lib.defenses.noise import GaussianNoise
+
+DEFENSES = {
+    "dp_sgd": DPSGD,
+    "gaussian_noise": GaussianNoise,
+}
+
+__all__ = ["DEFENSES", "DPSGD", "ClippedGradients", "Defense", "GaussianNoise"]

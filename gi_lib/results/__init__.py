@@ -1,0 +1,333 @@
+"""Records: one flat JSON row for each case that ran, in `results/<study>.jsonl`, with its picture beside it.
+
+A file is only ever appended to, under a lock, one line in one write. Where a key occurs more than once, its last line
+counts. Every row that is written or read is validated.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import TypedDict
+
+from gi_lib.results.pictures import bitmap, picture_path, read_picture, write_picture
+from gi_lib.results.summary import bootstrap, first_identified, plateau, summarise, usual_groups
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from filelock import BaseFileLock
+    from pydantic import TypeAdapter
+
+__all__ = [
+    "Progress",
+    "Record",
+    "append",
+    "bitmap",
+    "bootstrap",
+    "first_identified",
+    "lock",
+    "picture_path",
+    "plateau",
+    "read",
+    "read_picture",
+    "rows",
+    "study",
+    "summarise",
+    "usual_groups",
+    "write_picture",
+]
+
+
+class Progress(TypedDict):
+    """A run scored at its snapshots, each an entry: what the attack would have returned had it been stopped there."""
+
+    evaluations: list[int]
+    """Gradient evaluations so far, all restarts together."""
+    seconds: list[float]
+    """In the unit of `cpu_seconds`."""
+    psnr: list[list[float | None]]
+    """For each snapshot one value an image, in the order of `indices`; null where it had diverged."""
+    identified: list[list[bool]]
+
+
+class Record(TypedDict):
+    """The row of one case. What a failed case has not come to is null."""
+
+    key: str
+    """Hash of the case's text, 12 hexadecimal digits."""
+    status: str
+    """"ok", "failed", or "not applicable": the attack can't be run on this model or batch."""
+    error: str | None
+    """Type and message of what made it fail, or why it does not apply."""
+    attack: str
+    """Its name in ATTACKS."""
+    attack_text: str
+    """The attack with those hyperparameters that are not at their default."""
+    model: str
+    weights: str | None
+    """Name in WEIGHTS, or name@hash of a checkpoint, or null for an untrained model."""
+    dataset: str
+    split: str
+    size: int | None
+    """Side of the images in pixels, where it was asked for."""
+    indices: list[int]
+    data_hash: str | None
+    """Hash of the images and labels that were attacked."""
+    seed: int
+    threat: str
+    threat_letter: str
+    defense: str | None
+    client: str
+    train: bool
+    """Whether the model was in train mode."""
+    clients: int
+    """Clients of which the attacker sees the mean."""
+    rounds: int
+    """Rounds on the same data that the attacker sees."""
+    auxiliary: str | None
+    """The dataset whose train split the attacker has."""
+    profile: str
+    batch_size: int
+    psnr: list[float | None] | None
+    """One value an image, in the order of `indices`, null for one that was missed; so are the next five."""
+    floor: list[float] | None
+    """PSNR of the image's own mean colour."""
+    ssim: list[float | None] | None
+    lpips: list[float | None] | None
+    """Null where LPIPS could not be had; `gi score` fills it in."""
+    mse: list[float | None] | None
+    identified: list[bool] | None
+    """Whether the true image is the nearest to its reconstruction, among up to 500 of its split."""
+    chance: float | None
+    """How often a picture of nothing identifies: one over the number of those candidates."""
+    returned: int | None
+    """Images that the attack returned."""
+    recall: float | None
+    """Share of the private images whose reconstruction is 6 dB or more above the floor."""
+    image_precision: float | None
+    """Share of the returned images that recover one so."""
+    label_accuracy: float | None
+    loss: float | None
+    """Matching loss at the returned images."""
+    restart_losses: list[float | None] | None
+    """Loss of every restart at its end; null where it was not finite. Before version 0.2: before its last step."""
+    curve: Progress | None
+    notes: dict[str, Any] | None
+    """What the attack says besides: a certificate, a layer that was chosen."""
+    seconds: float | None
+    """Wall time of the attack."""
+    cpu_seconds: float | None
+    """The processor's time for the attack, on a GPU wall time; null in records before version 0.2."""
+    steps: int | None
+    restarts: int
+    gradient_evaluations: int | None
+    training_step_seconds: float | None
+    """One forward and backward pass of the same model and batch, the mean of medians before and after the attack, in
+    the unit of `cpu_seconds`; in records before version 0.2 the wall time after it."""
+    training_steps: float | None
+    """The cost of the attack in training steps: cpu_seconds / training_step_seconds."""
+    evaluation_training_steps: float | None
+    """The same for one iteration of one restart: training_steps / gradient_evaluations."""
+    peak_memory_mb: float | None
+    """On a GPU of this attack; on a CPU the high-water mark of the process so far."""
+    device: str
+    precision: str
+    versions: dict[str, str]
+    commit: str | None
+    """"g" and the short git hash of the code, with a "+" where the package had uncommitted changes; null outside
+    git."""
+    started: str
+    """UTC, ISO 8601."""
+
+
+_ORIGIN = "`gi run experiments/NAME.py` writes results/NAME.jsonl"
+_ONE_AN_IMAGE = ("psnr", "floor", "ssim", "lpips", "mse", "identified")
+
+
+@functools.cache
+def _validator() -> TypeAdapter[Record]:
+    import pydantic
+
+    class Strict(Record):
+        __pydantic_config__ = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+
+    return pydantic.TypeAdapter(Strict)
+
+
+def checked(row: Record) -> Record:
+    """The row, if it is a whole record.
+
+    Raises:
+        ValueError: a field is missing, unknown, or not of its type, or a list has not one entry an image.
+    """
+    import pydantic
+
+    try:
+        row = _validator().validate_python(row)
+    except pydantic.ValidationError as error:
+        raise ValueError(_said(error)) from error
+    _check_lengths(row)
+    return row
+
+
+def _said(error: Any) -> str:
+    problems = error.errors(include_url=False, include_input=False)
+    told = [f"{'.'.join(map(str, p['loc'])) or 'row'}: {p['msg']}" for p in problems[:3]]
+    return "; ".join([*told, *([f"and {len(problems) - 3} more"] if len(problems) > 3 else [])])
+
+
+def _check_lengths(row: Record) -> None:
+    images = len(row["indices"])
+    if row["batch_size"] != images:
+        raise ValueError(f"batch_size: {row['batch_size']} for {images} indices")
+    values: dict[str, Any] = dict(row)
+    for name in _ONE_AN_IMAGE:
+        if values[name] is not None and len(values[name]) != images:
+            raise ValueError(f"{name}: {len(values[name])} values for {images} images")
+    if row["status"] not in ("ok", "failed", "not applicable"):
+        raise ValueError(f"status: {row['status']!r} is none of ok, failed, not applicable")
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the file of records, or the right to run its study, against other processes.
+
+    Args:
+        path: of the lock; it stays, empty or with the name of its last holder.
+        wait: until another lets go; else BlockingIOError, with who holds it.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it can't be written.
+    """
+    import filelock
+
+    held: BaseFileLock = filelock.FileLock(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout as error:
+        raise BlockingIOError(11, "another process holds it", str(path)) from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def append(path: Path, record: Record) -> None:
+    """Add one line to a file of records, and wait until it is on the disk. Processes that append take turns.
+
+    What an interrupted write left of a last line is cut off first. If the line can't be written whole,
+    nothing of it stays.
+
+    Raises:
+        OSError: the disk is full, or the file can't be written.
+        ValueError: it is no whole record.
+    """
+    import json
+
+    path = Path(path)
+    line = (json.dumps(checked(record), allow_nan=False, ensure_ascii=False) + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path.with_name(path.name + ".lock")), open(path, "a+b", buffering=0) as file:
+        end = _end_of_whole_lines(file)
+        file.truncate(end)
+        try:
+            written = file.write(line)
+            if written != len(line):
+                raise OSError(28, os.strerror(28), str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _end_of_whole_lines(file: Any, block: int = 65536) -> int:
+    """Bytes up to the end of the last whole line, read from the back."""
+    at = file.seek(0, os.SEEK_END)
+    while at > 0:
+        start = max(0, at - block)
+        file.seek(start)
+        newline = file.read(at - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        at = start
+    return 0
+
+
+def rows(path: Path) -> list[Record]:
+    """The rows of one file, the last of each key, in the order in which the keys first came.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line other than a torn last one is no whole record.
+    """
+    import pydantic
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no records at {path}; {_ORIGIN}")
+    newest: dict[str, Record] = {}
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest:
+        warnings.warn(
+            f"{path}:{len(lines) + 1}: the last line is torn and left out; its case runs again with the next run",
+            stacklevel=2,
+        )
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = _validator().validate_json(line)
+            _check_lengths(row)
+        except ValueError as error:
+            reason = _said(error) if isinstance(error, pydantic.ValidationError) else str(error)
+            raise ValueError(
+                f"{path}:{number}: this line is not a record ({reason}); restore the file, or delete the line"
+            ) from error
+        newest[row["key"]] = row
+    return list(newest.values())
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Records as a table: one row a case, the fields of Record and `study`, the file's name.
+
+    Args:
+        path: a file, or a folder of which every .jsonl is read.
+
+    Raises:
+        FileNotFoundError: there are no records at `path`.
+        ValueError: a line is damaged.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"no records in {path}; {_ORIGIN}")
+    return _frame([{**row, "study": file.stem} for file in files for row in rows(file)])
+
+
+def _frame(found: list[dict[str, Any]]) -> pd.DataFrame:
+    import pandas as pd
+
+    frame = pd.DataFrame(found, columns=[*Record.__annotations__, "study"])
+    return frame.astype({"size": "Int64"})
+
+
+def study(name: str, folder: Path = Path("../results")) -> pd.DataFrame:
+    """The records of a study as `read` gives them; an empty table where it has not been run.
+
+    Args:
+        name: of its file in experiments/ and in `folder`, without the ending.
+        folder: where the files of records are, by default as a chapter sees it.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} of records; start in the folder `book`, or name it")
+    path = Path(folder) / f"{name}.jsonl"
+    return read(path) if path.exists() else _frame([])

@@ -1,0 +1,149 @@
+"""What every iterative attack calls: start, minimise, choose by the matching loss, report."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gi_lib.execution import OneGuess, at_once
+from gi_lib.labels import LabelRule
+from gi_lib.matching import squared_l2
+from gi_lib.optimise import Each, Minimum, Optimiser, minimise
+from gi_lib.types import NotApplicableError, Observation, Reconstruction, Rows
+
+CERTAIN = 1e-3
+"""Relative distance of gradients under which a closed form counts as certified."""
+
+Start = Callable[[int, torch.Generator], Tensor]
+"""(R, generator) -> one variable of R starts [R, ...]."""
+
+
+def search(
+    obs: Observation,
+    rng: torch.Generator,
+    *,
+    restarts: int,
+    steps: int,
+    start: Start | Sequence[Start] | Minimum,
+    loss: OneGuess,
+    match: OneGuess,
+    image: OneGuess,
+    labels: OneGuess,
+    optimiser: Optimiser,
+    project: Callable[..., None] | None = None,
+    each: Each | None = None,
+    best: bool = False,
+    frames: int = 0,
+) -> Reconstruction:
+    """Seek a guess from several starts, and return the one that matches best. All functions are of one guess.
+
+    Args:
+        start: how each variable begins; or where an earlier stage ended.
+        loss: what is minimised; see `minimise`, which takes `project`, `each` and `best` too.
+        match: the distance to the observed gradient at the image that is returned: by it restarts are compared.
+        image: the variables -> images [B, C, H, W]; what lies outside [0, 1] is clipped.
+        labels: the variables -> labels [B].
+        frames: snapshots to keep.
+
+    Raises:
+        FloatingPointError: no start ends with a finite loss.
+    """
+    begin = start
+    if not isinstance(start, Minimum):
+        begin = [draw(restarts, rng) for draw in ([start] if callable(start) else start)]
+    found = minimise(
+        loss,
+        begin,  # type: ignore[arg-type]
+        optimiser=optimiser,
+        steps=steps,
+        project=project,
+        each=each,
+        rank=match,
+        best=best,
+        image=image,
+        frames=frames,
+        at_once=at_once(obs),
+    )
+    row = best_of(found.losses)
+    chosen = [v[row] for v in found.variables]
+    with torch.no_grad():
+        images = image(*chosen).clamp(0, 1)
+    return Reconstruction(
+        images=images,
+        labels=labels(*chosen),
+        loss=found.losses[row].item(),
+        trace=found.trace,
+        losses=found.losses,
+        frames=_frames(found, row, best).to(images).clamp(0, 1) if frames else None,
+        frame_steps=found.frame_steps,
+        frame_evaluations=found.frame_evaluations,
+        frame_seconds=found.frame_seconds,
+        gradient_evaluations=found.evaluations,
+    )
+
+
+def _frames(found: Minimum, row: int, best: bool) -> Tensor:
+    """Of each snapshot the row whose loss was the smallest then: what the attack would have returned."""
+    losses = found.trace.nan_to_num(torch.inf)
+    losses = losses.cummin(0).values if best else losses
+    rows = [int(losses[k].argmin()) if k < len(losses) else row for k in found.frame_steps]
+    return torch.stack([frame[r] for frame, r in zip(found.frames, rows, strict=True)])
+
+
+def gaussian(obs: Observation, *shape: int) -> Start:
+    """N(0, 1) of a shape, by default that of the images [B, C, H, W]."""
+    size = shape or (obs.batch_size or 1, *obs.image_shape)
+    return lambda rows, rng: torch.randn(rows, *size, generator=rng).to(obs.device, obs.dtype)
+
+
+def certified(obs: Observation, images: Tensor, label_rule: LabelRule) -> Reconstruction:
+    """What a closed form found, with its certificate: whether these images have the observed gradient.
+
+    Its `notes` hold "relative_error", |g(x) - g*| / |g*|, and "certified", whether that is under CERTAIN. A warning
+    says when it does not hold. Both are None where the labels or the client's code are unknown.
+    """
+    try:
+        y = label_rule(obs)
+        simulated = obs.simulate(images, y)
+    except NotApplicableError as error:
+        reason = {"certified": None, "relative_error": None, "why": str(error)}
+        return Reconstruction(images=images, labels=obs.labels, loss=math.nan, notes=reason)
+    loss = squared_l2(simulated, obs.gradient).detach()
+    size = squared_l2({name: torch.zeros_like(g) for name, g in obs.gradient.items()}, obs.gradient)
+    error = (loss / size).sqrt().item()
+    if not error < CERTAIN:
+        warnings.warn(
+            f"the closed form does not hold here: the gradient of what it returns is {error:.2g} of the observed one's"
+            " norm away from it; the batch has several images, the update is defended, or the client did something"
+            " else than is assumed",
+            stacklevel=3,
+        )
+    return Reconstruction(
+        images=images,
+        labels=y,
+        loss=loss.item(),
+        trace=loss.reshape(1, 1),
+        losses=loss.reshape(1),
+        gradient_evaluations=1,
+        notes={"certified": error < CERTAIN, "relative_error": error},
+    )
+
+
+def generators(rng: torch.Generator, rows: int) -> list[torch.Generator]:
+    """One generator a row, for what is drawn between steps: stacked rows then see what separate ones see."""
+    seeds = torch.randint(2**62, (rows,), generator=rng).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def best_of(losses: Rows) -> int:
+    """The restart with the smallest loss, which is all that an attacker can go by; NaN counts as +inf.
+
+    Raises:
+        FloatingPointError: no loss is finite.
+    """
+    losses = torch.where(losses.isnan(), torch.inf, losses)
+    if not losses.isfinite().any():
+        raise FloatingPointError("no restart ended with a finite loss; lower lr, or start from other seeds")
+    return int(losses.argmin())
