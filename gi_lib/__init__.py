@@ -8,8 +8,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gi_lib.federated import Adam, Client, ThreatModel, loss_gradient, observe, receive
     from gi_lib.federated import SGD as SGD
+    from gi_lib.federated import Adam, Client, ThreatModel, loss_gradient, observe, receive
     from gi_lib.metrics import evaluate
     from gi_lib.types import Batch, NotApplicableError, Observation, Reconstruction, Scores, WithheldError
 

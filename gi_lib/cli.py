@@ -58,7 +58,7 @@ what was written stays.
 class Gi(TyperGroup):
     """Turns what a user can mend into one line on standard error and an exit code."""
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: Any) -> Any:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             try:
@@ -84,7 +84,7 @@ def _complain(message: str) -> None:
     print("gi: " + " ".join(message.split()), file=sys.stderr)
 
 
-def _warn(message, category, filename, lineno, file=None, line=None) -> None:
+def _warn(message: Warning | str, *rest: Any, **more: Any) -> None:
     print("gi: warning: " + " ".join(str(message).split()), file=sys.stderr)
 
 
@@ -189,10 +189,11 @@ def attack(
     print(f"{record['attack_text']}; {bench.text(case.threat, brief=True)}, letter {record['threat_letter']}")
     print(f"on {model}, {weights or 'untrained'}; {dataset} {list(case.indices)}; {record['client']}")
     labels_found = record["label_accuracy"]
+    names = {"psnr": ".2f", "floor": ".2f", "ssim": ".3f", "lpips": ".3f", "mse": ".2e"}
+    mean = {name: _mean(record[name], digits) for name, digits in names.items()}  # type: ignore[literal-required]
     print(
-        f"PSNR {_mean(record['psnr'], '.2f')} dB, the image's mean colour {_mean(record['floor'], '.2f')};"
-        f" SSIM {_mean(record['ssim'], '.3f')}, LPIPS {_mean(record['lpips'], '.3f')}, MSE {_mean(record['mse'], '.2e')},"
-        f" labels {'unknown' if labels_found is None else format(labels_found, '.0%')}"
+        f"PSNR {mean['psnr']} dB, the image's mean colour {mean['floor']}; SSIM {mean['ssim']}, LPIPS {mean['lpips']},"
+        f" MSE {mean['mse']}, labels {'unknown' if labels_found is None else format(labels_found, '.0%')}"
     )
     print(
         f"recovered {record['recall']:.0%}, identified {_mean(record['identified'], '.0%')} (chance"

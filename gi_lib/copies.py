@@ -5,6 +5,7 @@ Everything that can make a model useless for gradient inversion is looked for he
 
 import contextlib
 import copy
+import threading
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -40,6 +41,7 @@ class BatchNorm(nn.Module):
 
     running_mean: Tensor | None
     running_var: Tensor | None
+    num_batches_tracked: Tensor | None
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
         super().__init__()
@@ -97,7 +99,7 @@ def attackers_copy(model: nn.Module, image_shape: tuple[int, int, int], batch_si
         ValueError: the model can't be attacked; the sentence says why and what to do.
     """
     mine = functional_copy(model)
-    reference = _plain(_deep_copy(unwrapped(model)))
+    reference = _plain(_deep_copy(model))
     if dropping := masks(mine):
         _stop(reference, dropping)
         _stop(mine, dropping)
@@ -137,7 +139,7 @@ def functional_copy(model: nn.Module) -> Classifier:
             "the model has no trainable parameter, and there is no gradient to share; if its parameters are frozen,"
             " call requires_grad_(True) on those that the client trains"
         )
-    mine = _plain(_deep_copy(original))
+    mine = _plain(_deep_copy(model))
     for parent in list(mine.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in BATCH_NORMS:
@@ -147,6 +149,7 @@ def functional_copy(model: nn.Module) -> Classifier:
                 setattr(parent, name, _Hardsigmoid())
             elif type(child).__module__.startswith("torch.nn.") and getattr(child, "inplace", False):
                 child.inplace = False  # type: ignore[assignment]
+    mine.tied = ties(mine)
     return mine
 
 
@@ -158,7 +161,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _deep_copy(model: nn.Module) -> nn.Module:
-    """copy.deepcopy, also where a layer holds a tensor that it has computed (torch.nn.utils.weight_norm)."""
+    """copy.deepcopy, also where a layer holds a tensor that it has computed (torch.nn.utils.weight_norm).
+
+    Only what Opacus wraps is copied with its wrapper, which alone knows its hooks.
+    """
+    while type(model).__name__ in _WRAPPERS and type(model).__name__ != "GradSampleModule":
+        model = getattr(model, _WRAPPERS[type(model).__name__])
     memo = {
         id(value): value.detach().clone()
         for module in model.modules()
@@ -169,11 +177,13 @@ def _deep_copy(model: nn.Module) -> nn.Module:
 
 
 def _plain(model: nn.Module) -> Classifier:
-    """Take the wrappers off inside a copy, and the hooks that Opacus has put on the layers."""
+    """Take the wrappers off a copy and inside it, and the hooks that Opacus has put on the layers."""
+    for module in list(model.modules()):
+        if type(module).__name__ == "GradSampleModule" and hasattr(module, "remove_hooks"):
+            module.remove_hooks()  # type: ignore[operator]
+    model = unwrapped(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child).__name__ == "GradSampleModule" and hasattr(child, "remove_hooks"):
-                child.remove_hooks()
             if (inner := unwrapped(child)) is not child:
                 setattr(parent, name, inner)
     assert isinstance(model, Classifier)
@@ -258,7 +268,7 @@ def _refuse_hidden_parameters(
         kept = {name: p.detach().clone() for name, p in own.items()}
         with torch.no_grad():
             torch.set_rng_state(before)
-            mine_now = functional_call(mine, theta, (images,))
+            mine_now = forward(mine, images, theta)
             for name in names:
                 own[name].copy_(moved[name])
             torch.set_rng_state(before)
@@ -280,7 +290,11 @@ def _differentiate_twice(model: Classifier, theta: Gradient, images: Tensor) -> 
     with torch.enable_grad():
         loss = F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.int64, device=x.device))
         names, leaves = list(theta), list(theta.values())
-        found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        try:
+            found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"the model has no gradient: torch says {reason}") from error
         unused = [name for name, g in zip(names, found, strict=True) if g is None]
         if len(unused) == len(names):
             raise ValueError(
@@ -289,7 +303,8 @@ def _differentiate_twice(model: Classifier, theta: Gradient, images: Tensor) -> 
         if unused:
             warnings.warn(f"the forward pass does not use {', '.join(unused)}: their gradient is zero", stacklevel=5)
         try:
-            torch.autograd.grad(sum(g.square().sum() for g in found if g is not None), x, allow_unused=True)
+            size = torch.stack([g.square().sum() for g in found if g is not None]).sum()
+            torch.autograd.grad(size, x, allow_unused=True)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
@@ -302,6 +317,70 @@ def _custom(model: nn.Module) -> str:
     """Which layers may be why."""
     names = {type(m).__name__ for m in model.modules() if not type(m).__module__.startswith("torch.nn.")}
     return f"its layers {', '.join(sorted(names))} may change with each pass, or depend on what was passed before"
+
+
+class _Passes:
+    """Plain passes through a model run side by side; one that swaps its parameters in place runs alone."""
+
+    def __init__(self) -> None:
+        self.free, self.plain_ones, self.swapping = threading.Condition(), 0, False
+
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[None]:
+        with self.free:
+            self.free.wait_for(lambda: not self.swapping)
+            self.plain_ones += 1
+        try:
+            yield
+        finally:
+            with self.free:
+                self.plain_ones -= 1
+                self.free.notify_all()
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        with self.free:
+            self.free.wait_for(lambda: not self.swapping and not self.plain_ones)
+            self.swapping = True
+        try:
+            yield
+        finally:
+            with self.free:
+                self.swapping = False
+                self.free.notify_all()
+
+
+_PASSES = _Passes()
+
+
+def forward(model: nn.Module, images: Tensor, theta: Gradient | None = None) -> Tensor:
+    """The logits at the parameters theta; None takes the model's own. Threads may share the model."""
+    own = theta is None or (isinstance(theta, Parameters) and theta.model is model and not in_functorch())
+    if own:
+        with _PASSES.plain():
+            return model(images)
+    assert theta is not None
+    tied = getattr(model, "tied", None)
+    others = {alias: theta[name] for alias, name in (ties(model) if tied is None else tied).items() if name in theta}
+    with _PASSES.swapped():  # torch's own search for ties breaks a model that holds one layer under two names
+        return functional_call(model, {**theta, **others}, (images,), tie_weights=False)
+
+
+def ties(model: nn.Module) -> dict[str, str]:
+    """Where a parameter is shared by several layers: its other names -> the one in model.named_parameters()."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {}
+    for prefix, layer in model.named_modules():
+        for name, p in layer.named_parameters(recurse=False, remove_duplicate=False):
+            full = f"{prefix}.{name}" if prefix else name
+            if names[id(p)] != full:
+                found[full] = names[id(p)]
+    return found
+
+
+def in_functorch() -> bool:
+    """Whether a transform of torch.func is at work, under which parameters are not the model's own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
@@ -324,5 +403,5 @@ def bn_statistics(model: nn.Module, images: Tensor) -> Statistics:
     """Mean and biased variance of each batch norm's input over the images, differentiable in them."""
     names = {id(layer): name for name, layer in batch_norms(model).items()}
     with inputs_of_batch_norms() as seen:
-        model(images)
+        forward(model, images)
     return {names[id(layer)]: batch_statistics(x) for layer, x in seen if id(layer) in names}

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from gi_lib.copies import (
     BatchNorm,
@@ -25,7 +24,9 @@ from gi_lib.copies import (
     batch_norms,
     batch_statistics,
     bn_statistics,
+    forward,
     functional_copy,
+    in_functorch,
     inputs_of_batch_norms,
     masks,
     unwrapped,
@@ -52,9 +53,8 @@ from gi_lib.types import (
 revision = 1
 """Of what clients compute: raised when it changes, so that all cases run again."""
 
-_SWAPPED, _DRAWN = threading.Lock(), threading.Lock()
-"""One thread at a time: functional_call swaps the parameters of the one module in place, and a model that draws does
-so from the one global generator."""
+_DRAWN = threading.Lock()
+"""A model that draws does so from the one global generator: one thread at a time."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class LossGradient:
 
     def __call__(self, model: nn.Module, theta: Gradient, images: Tensor, labels: Tensor) -> Gradient:
         """Under vmap only torch.func.grad works; outside it plain autograd is 1.5 to 1.9 times faster on a CPU."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return torch.func.grad(lambda theta: self.loss(_call(model, theta, images), labels))(dict(theta))
-        value = self.loss(_call(model, theta, images), labels)
+        if in_functorch():
+            return torch.func.grad(lambda theta: self.loss(forward(model, images, theta), labels))(dict(theta))
+        value = self.loss(forward(model, images, theta), labels)
         found = torch.autograd.grad(
             value, list(theta.values()), create_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -83,14 +83,6 @@ class LossGradient:
 
 
 loss_gradient = LossGradient()
-
-
-def _call(model: nn.Module, theta: Gradient, images: Tensor) -> Tensor:
-    functorch = torch._C._functorch.peek_interpreter_stack() is not None
-    if isinstance(theta, Parameters) and theta.model is model and not functorch:
-        return model(images)
-    with _SWAPPED:
-        return functional_call(model, dict(theta), (images,))
 
 
 @dataclass(frozen=True)
@@ -377,8 +369,8 @@ def observe(
     models: nn.Module | Sequence[nn.Module],
     batches: Batch | Sequence[Batch],
     *,
-    client: Client = Client(),  # noqa: B008
-    threat: ThreatModel = ThreatModel(),  # noqa: B008
+    client: Client = Client(),
+    threat: ThreatModel = ThreatModel(),
     defense: Any = None,
     trapdoor: object = None,
     auxiliary: Auxiliary | None = None,
@@ -468,7 +460,14 @@ def observe(
     )
 
 
-def _check_request(models, batches, threat, trapdoor, auxiliary, earlier) -> None:
+def _check_request(
+    models: Sequence[nn.Module],
+    batches: Sequence[Batch],
+    threat: ThreatModel,
+    trapdoor: object,
+    auxiliary: Auxiliary | None,
+    earlier: Sequence[Observation],
+) -> None:
     if not batches or not all(isinstance(batch, Batch) for batch in batches):
         raise ValueError("observe needs the private Batch of at least one client")
     if len(models) != len(batches):
@@ -562,7 +561,7 @@ def receive(
     std: object = 1.0,
     batch_size: int | None = None,
     labels: Tensor | None = None,
-    client: Client | None = Client(),  # noqa: B008
+    client: Client | None = Client(),
     defense: Any = None,
     bn_stats: Statistics | None = None,
     auxiliary: Auxiliary | None = None,
@@ -591,18 +590,14 @@ def receive(
         model = _wrapped(model, image_shape, num_classes, mean, std)
     size = batch_size if labels is None else len(labels)
     copy = attackers_copy(model, image_shape, min(2, size or 2))
-    if client is not None and client.local_batch is None and size is not None:
-        # a batch of this size must be possible: batch norm in train mode can't take one value a channel
-        with torch.no_grad():
-            p = next(copy.parameters())
-            copy(torch.zeros(min(size, 2), *image_shape, device=p.device, dtype=p.dtype))
     gradient, state = _matched(copy, model, update)
     lr = 1.0 if client is None else client.lr
-    buffers = {
-        name: tuple(old - lr * state[f"{name}.{kind}"] for kind, old in _running(norm).items())
-        for name, norm in batch_norms(copy).items()
-        if all(f"{name}.{kind}" in state for kind in _running(norm))
-    }
+    buffers: Statistics = {}
+    for name, norm in batch_norms(copy).items():
+        moved = [state.get(f"{name}.running_{kind}") for kind in ("mean", "var")]
+        if norm.running_mean is not None and norm.running_var is not None and all(m is not None for m in moved):
+            mean, var = moved
+            buffers[name] = norm.running_mean - lr * mean, norm.running_var - lr * var  # type: ignore[operator]
     device = next(copy.parameters()).device
     obs = Observation(
         gradient=gradient,
@@ -613,7 +608,7 @@ def receive(
         num_classes=copy.num_classes,
         labels=None if labels is None else torch.as_tensor(labels).long().sort().values.to(device),
         bn_stats=bn_stats,
-        buffers=buffers or None,  # type: ignore[arg-type]
+        buffers=buffers or None,
         defense=defense,
         auxiliary=auxiliary,
     )
@@ -621,8 +616,8 @@ def receive(
         scale = loss_scale(obs)
         if scale is not None and not 0.8 < scale < 1.25:
             warnings.warn(
-                f"the update is about {scale:.3g} times a gradient of the mean cross-entropy: the client may have summed"
-                " or halved its loss, or divided by another batch size; divide the update by it, or say"
+                f"the update is about {scale:.3g} times a gradient of the mean cross-entropy: the client may have"
+                " summed or halved its loss, or divided by another batch size; divide the update by it, or say"
                 " client=Client(rule=loss_gradient.of(loss))",
                 stacklevel=2,
             )
@@ -641,11 +636,6 @@ def _wrapped(
             raise ValueError("the model does not return logits [B, K]; wrap it, with num_classes")
         num_classes = out.shape[1]
     return wrap(model, mean=mean, std=std, num_classes=num_classes)
-
-
-def _running(norm: BatchNorm) -> dict[str, Tensor]:
-    found = {"running_mean": norm.running_mean, "running_var": norm.running_var}
-    return {kind: value for kind, value in found.items() if value is not None}
 
 
 def _matched(copy: Classifier, model: nn.Module, update: Update) -> tuple[Gradient, Gradient]:

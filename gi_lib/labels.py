@@ -1,6 +1,6 @@
 """Labels from the gradient: Observation -> labels [B].
 
-With the cross-entropy, dL/dz_k = p_k - [k = y] for the logits z of one image and p = softmax(z).
+With the cross-entropy, dL/du_k = p_k - [k = y] for the logits u of one image and p = softmax(u).
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ LabelRule = Callable[[Observation], Tensor]
 def last_layer(obs: Observation) -> tuple[Tensor, Tensor | None]:
     """Gradients of the dense layer that makes the logits: weight [K, N] and bias [K], or None without a bias.
 
-    The layer is found by a forward pass. One logit z is taken for two classes, (0, z), whose rows are opposite.
+    The layer is found by a forward pass. One logit u is taken for two classes, (0, u), whose rows are opposite.
 
     Raises:
         NotApplicableError: the model does not end in a dense layer of K outputs, or it is frozen.
@@ -126,13 +126,15 @@ def loss_scale(obs: Observation) -> float | None:
         layer = logit_layer(obs.model, obs.image_shape)
     except NotApplicableError:
         return None
-    W, b = (dict(obs.model.named_parameters()).get(name or "") for name in (layer.weight, layer.bias))
-    present = (gb < 0).nonzero().squeeze(1) if gb is not None else torch.empty(0)
-    if gb is None or b is None or W is None or len(W) != len(gb) or not 0 < len(present) < len(gb):
+    own = dict(obs.model.named_parameters())
+    if gb is None or layer.weight is None or layer.bias is None or len(own[layer.weight]) != len(gb):
         return None
-    gW, gb, W, b = (t.detach().double() for t in (gW, gb, W, b))
-    h = gW[present] / gb[present, None]
+    present = (gb < 0).nonzero().squeeze(1)
+    if not 0 < len(present) < len(gb):
+        return None
+    W, b, rows, sums = (t.detach().double() for t in (own[layer.weight], own[layer.bias], gW, gb))
+    h = rows[present] / sums[present, None]
     p = (h @ W.T + b).softmax(1)
-    one_hot = nn.functional.one_hot(present, len(gb)).double()
-    found = torch.linalg.lstsq((p - one_hot).T, gb[:, None])
+    one_hot = nn.functional.one_hot(present, len(sums)).double()
+    found = torch.linalg.lstsq((p - one_hot).T, sums[:, None])
     return found.solution.sum().item()

@@ -135,7 +135,10 @@ def minimise(
     evaluate = Evaluator(loss, variables, at_once or rows)
     wanted = set(np.unique(np.geomspace(1, steps, frames).astype(int) - 1).tolist()) if frames else set()
     trace: list[Tensor] = []
-    kept, kept_steps, kept_evaluations, kept_seconds = [], [], [], []  # type: ignore[var-annotated]
+    kept: list[Tensor] = []
+    kept_steps: list[int] = []
+    kept_evaluations: list[int] = []
+    kept_seconds: list[float] = []
     settled = False
     lowest = torch.full((rows,), torch.inf, dtype=variables[0].dtype, device=device)
     lowest_at = [v.clone() for v in variables] if best else variables

@@ -85,7 +85,7 @@ SURVEY: Order = {
 """The survey's eight models and four datasets."""
 
 
-def _panels(width: float, height: float, lines: int = 1, columns: int = 1):
+def _panels(width: float, height: float, lines: int = 1, columns: int = 1) -> tuple[Any, Any]:
     """A figure of inches and its axes, with the same limits; no pyplot: nothing global, nothing shown twice."""
     from matplotlib.figure import Figure as MatplotlibFigure
 
@@ -411,7 +411,7 @@ def _plain(value: object) -> object:
     """None for pandas's missing values."""
     import pandas as pd
 
-    return None if pd.api.types.is_scalar(value) and pd.isna(value) else value  # type: ignore[call-overload]
+    return None if pd.api.types.is_scalar(value) and pd.isna(value) else value
 
 
 def _title(column: str) -> str:

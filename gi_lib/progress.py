@@ -9,6 +9,7 @@ def bar(iterable: Any = None, **settings: Any) -> Any:
     """A tqdm bar, as the place where it runs shows one."""
     from tqdm.auto import tqdm
 
-    seen = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    seen = hasattr(shell, "kernel") or (sys.stderr is not None and sys.stderr.isatty())
     wanted = os.environ.get("TQDM_DISABLE", "0") in ("", "0")
     return tqdm(iterable, disable=not (seen and wanted), **settings)

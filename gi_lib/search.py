@@ -50,12 +50,14 @@ def search(
     Raises:
         FloatingPointError: no start ends with a finite loss.
     """
-    begin = start
-    if not isinstance(start, Minimum):
+    begin: Sequence[Tensor] | Minimum
+    if isinstance(start, Minimum):
+        begin = start
+    else:
         begin = [draw(restarts, rng) for draw in ([start] if callable(start) else start)]
     found = minimise(
         loss,
-        begin,  # type: ignore[arg-type]
+        begin,
         optimiser=optimiser,
         steps=steps,
         project=project,
@@ -112,10 +114,10 @@ def certified(obs: Observation, images: Tensor, label_rule: LabelRule) -> Recons
         return Reconstruction(images=images, labels=obs.labels, loss=math.nan, notes=reason)
     loss = squared_l2(simulated, obs.gradient).detach()
     size = squared_l2({name: torch.zeros_like(g) for name, g in obs.gradient.items()}, obs.gradient)
-    error = (loss / size).sqrt().item()
-    if not error < CERTAIN:
+    apart = (loss / size).sqrt().item()
+    if not apart < CERTAIN:
         warnings.warn(
-            f"the closed form does not hold here: the gradient of what it returns is {error:.2g} of the observed one's"
+            f"the closed form does not hold here: the gradient of what it returns is {apart:.2g} of the observed one's"
             " norm away from it; the batch has several images, the update is defended, or the client did something"
             " else than is assumed",
             stacklevel=3,
@@ -127,7 +129,7 @@ def certified(obs: Observation, images: Tensor, label_rule: LabelRule) -> Recons
         trace=loss.reshape(1, 1),
         losses=loss.reshape(1),
         gradient_evaluations=1,
-        notes={"certified": error < CERTAIN, "relative_error": error},
+        notes={"certified": apart < CERTAIN, "relative_error": apart},
     )
 
 

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -118,8 +118,8 @@ class Batch:
 class Classifier(nn.Module):
     """net((x - mean) / std), for images x [B, C, H, W] in [0, 1].
 
-    A network that returns its logits in an object or a dict named `logits` is taken at these. One logit z stands for
-    two classes, (0, z): the cross-entropy of those is the logistic loss of z.
+    A network that returns its logits in an object or a dict named `logits` is taken at these. One logit u stands for
+    two classes, (0, u): the cross-entropy of those is the logistic loss of u.
 
     Attributes:
         mean, std: [C, 1, 1].
@@ -133,6 +133,8 @@ class Classifier(nn.Module):
     """Whether copies.attackers_copy has made and proven it."""
     draws = False
     """Whether its forward pass draws from torch's global generator."""
+    tied: dict[str, str] | None = None
+    """Other names of its parameters, in other layers -> the name that counts (copies.ties); None: not looked for."""
 
     def __init__(self, net: nn.Module, *, mean: object, std: object, num_classes: int):
         super().__init__()
@@ -177,10 +179,12 @@ class Sent(NamedTuple):
     labels: Tensor
 
 
+@runtime_checkable
 class Auxiliary(Protocol):
     """Data of the attacker's own, of the same domain, never what is attacked (data.Surrogate)."""
 
-    hash: str
+    @property
+    def hash(self) -> str: ...
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """n images [n, C, H, W] in [0, 1] and their labels [n]."""

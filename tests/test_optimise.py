@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from gi_lib.optimise import adam, best_of, lbfgs, minimise
+from gi_lib.optimise import adam, cosine_decay, lbfgs, minimise
+from gi_lib.search import best_of, generators
 
 RNG = torch.Generator().manual_seed(3)
 MATRIX = torch.randn(30, 10, generator=RNG, dtype=torch.float64)
@@ -51,14 +52,14 @@ def test_stacked_lbfgs_is_torchs_row_by_row(loss, lr, history):
 def test_lbfgs_moves_several_variables_as_one():
     joint = minimise(convex, [START], optimiser=lbfgs(0.2), steps=4)
     parts = [START[:, :4], START[:, 4:].reshape(5, 2, 3)]
-    split = minimise(lambda a, b: convex(torch.cat([a, b.flatten(1)], 1)), parts, optimiser=lbfgs(0.2), steps=4)
+    split = minimise(lambda a, b: convex(torch.cat([a, b.flatten()])), parts, optimiser=lbfgs(0.2), steps=4)
     a, b = split.variables
     torch.testing.assert_close(torch.cat([a, b.flatten(1)], 1), joint.variables[0], rtol=0, atol=1e-9)
 
 
 def test_a_row_that_blows_up_stops_and_harms_no_other():
     def loss(x):
-        return torch.where(x[:, 0] > 50, torch.nan, 1.0) * rosenbrock(x)
+        return torch.where(x[..., 0] > 50, torch.nan, 1.0) * rosenbrock(x)
 
     start = torch.stack([START[0], 49.9 * torch.ones(10, dtype=torch.float64)])
     start[1, 1] = 1e4  # its first step leaves the domain
@@ -71,7 +72,7 @@ def test_a_row_that_blows_up_stops_and_harms_no_other():
 @pytest.mark.parametrize("max_iter", [2, 20])
 def test_a_row_that_leaves_the_domain_goes_back_to_where_it_last_was(max_iter):
     def loss(x):
-        return (torch.where(x < 0, torch.nan, x) ** 3 + 100 * x).sum(1)
+        return (torch.where(x < 0, torch.nan, x) ** 3 + 100 * x).sum()
 
     start = torch.full((1, 1), 3.0, dtype=torch.float64)
     found = minimise(loss, [start], optimiser=lbfgs(0.9, max_iter=max_iter), steps=5)
@@ -83,16 +84,16 @@ def test_the_loss_of_a_row_that_has_settled_is_that_of_where_it_is():
     start = torch.tensor([[0.0, 0.0], [3.0, 4.0]], dtype=torch.float64)  # the first is at its minimum
     found = minimise(lambda x: 7 + convex2(x), [start], optimiser=lbfgs(0.1, max_iter=2), steps=4)
     assert (found.trace[:, 0] == 7).all()
-    nowhere = minimise(lambda x: x.sum(1) / 0 * 0, [start], optimiser=lbfgs(), steps=3)
+    nowhere = minimise(lambda x: x.sum() / 0 * 0, [start], optimiser=lbfgs(), steps=3)
     assert nowhere.trace.isnan().all()
 
 
 def convex2(x):
-    return x.square().sum(1)
+    return x.square().sum()
 
 
 def test_lbfgs_ends_when_every_row_is_settled():
-    found = minimise(lambda x: x.square().sum(1), [START], optimiser=lbfgs(), steps=50)
+    found = minimise(lambda x: x.square().sum(), [START], optimiser=lbfgs(), steps=50)
     assert len(found.trace) < 10 and found.variables[0].abs().max() < 1e-7
 
 
@@ -125,8 +126,119 @@ def test_projection_frames_and_counts():
     assert found.trace.shape == (20, 5) and found.evaluations == 105
     assert found.frame_steps[0] == 0 and found.frame_steps[-1] == 20
     assert len(found.frames) == len(found.frame_steps) <= 6
-    torch.testing.assert_close(found.frames[0][0], START)
-    torch.testing.assert_close(found.frames[-1][0], found.variables[0])
+    torch.testing.assert_close(found.frames[0], START)
+    torch.testing.assert_close(found.frames[-1], found.variables[0])
+    assert found.frame_evaluations[:2] == [0, 5] and found.frame_evaluations[-1] == 105
+    shown = minimise(convex, [START], optimiser=adam(0.5), steps=3, frames=2, image=lambda x: x[:2] + 1)
+    torch.testing.assert_close(shown.frames[0], START[:, :2] + 1)
+
+
+def test_a_schedule_is_told_how_far_the_run_is():
+    seen = []
+
+    def loss(x, now):
+        seen.append(now.item())
+        return ((x - now) ** 2).sum()
+
+    found = minimise(loss, [START[:1]], optimiser=adam(0.1), steps=4)
+    assert seen == [0, 0.25, 0.5, 0.75, 1] and found.losses.shape == (1,)
+
+
+def test_what_happens_between_steps_sees_all_rows_and_the_memory_whatever_goes_at_once():
+    def run(at_once):
+        rngs, shapes = generators(torch.Generator().manual_seed(0), len(START)), []
+
+        def each(k, variables, memory):
+            [x] = variables
+            shapes.append((k, len(x), len(memory["m"][0])))
+            x -= 0.1 * (x - x.mean(0))
+            for row, own in zip(x, rngs, strict=True):
+                row += 0.01 * torch.randn(row.shape, generator=own, dtype=row.dtype)
+
+        project = lambda x: x.clamp_(-1, 1)  # noqa: E731
+        found = minimise(convex, [START], optimiser=adam(0.1), steps=5, each=each, project=project, at_once=at_once)
+        assert shapes == [(k, 5, 5) for k in range(5)] and found.variables[0].abs().max() <= 1
+        return found
+
+    for rows in (1, 2):
+        torch.testing.assert_close(run(rows).variables[0], run(5).variables[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"each": lambda k, variables, memory: None},
+        {"project": lambda x: None},
+        {"loss": lambda x, now: convex(x)},
+    ],
+)
+def test_lbfgs_refuses_what_would_spoil_its_pairs(asked):
+    loss = asked.pop("loss", convex)
+    with pytest.raises(ValueError, match="takes no `now`, `each` or `project`; use adam"):
+        minimise(loss, [START], optimiser=lbfgs(), steps=1, **asked)
+
+
+def test_the_best_iterate_is_kept_where_it_is_asked_for():
+    """A step far too long: the loss goes down, then up."""
+    last = minimise(convex, [START], optimiser=adam(3.0), steps=12)
+    best = minimise(convex, [START], optimiser=adam(3.0), steps=12, best=True)
+    seen = torch.cat([last.trace, last.losses[None]])
+    torch.testing.assert_close(best.losses, seen.min(0).values)
+    torch.testing.assert_close(torch.stack([convex(x) for x in best.variables[0]]), best.losses)
+    assert (best.losses <= last.losses).all() and (best.losses < last.losses).any()
+    assert best.evaluations == last.evaluations + len(START)
+
+
+def test_stages_are_reported_as_one_run():
+    first = minimise(convex, [START], optimiser=adam(0.1), steps=3, frames=2)
+    both = minimise(rosenbrock, first, optimiser=adam(0.01), steps=4, frames=3)
+    alone = minimise(rosenbrock, first.variables, optimiser=adam(0.01), steps=4)
+    torch.testing.assert_close(both.variables[0], alone.variables[0])
+    torch.testing.assert_close(both.trace, torch.cat([first.trace, alone.trace]))
+    assert both.evaluations == first.evaluations + alone.evaluations
+    assert both.frame_steps == [*first.frame_steps, *(3 + k for k in (0, 1, 3, 4))]
+    assert both.frame_evaluations[-1] == both.evaluations and both.seconds >= first.seconds
+    assert both.frame_evaluations == sorted(both.frame_evaluations)
+    assert len(both.frames) == len(both.frame_steps) == len(both.frame_seconds)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_row_that_was_not_finite_once_has_failed_and_harms_no_other(signed, what):
+    """The sign of NaN is 0: without a check the row would go on as if nothing had been."""
+
+    def loss(x, now):
+        bad = (now == 0.25) & (x[0] > 0)
+        if what == "loss":
+            return torch.where(bad, torch.nan, convex(x))
+        return convex(x) + torch.where(bad, torch.inf, 0.0) * (x.sum() - x.sum().detach())
+
+    start = START.abs() * torch.tensor([1.0, -1, -1, 1, -1], dtype=torch.float64)[:, None]
+    found = minimise(loss, [start], optimiser=adam(1e-3, signed=signed), steps=4)
+    assert found.losses.isnan().tolist() == [True, False, False, True, False]
+    alone = minimise(loss, [start[[1, 2, 4]]], optimiser=adam(1e-3, signed=signed), steps=4)
+    torch.testing.assert_close(found.variables[0][[1, 2, 4]], alone.variables[0])
+    assert best_of(found.losses) in (1, 2, 4)
+
+
+def test_a_run_whose_rows_have_all_failed_ends_early():
+    found = minimise(lambda x: x.sum() * torch.nan, [START], optimiser=adam(0.1), steps=1000)
+    assert len(found.trace) == 100 and found.losses.isnan().all()
+    with pytest.raises(FloatingPointError, match="no restart ended with a finite loss"):
+        best_of(found.losses)
+
+
+def test_cosine_decay_with_a_warm_up_is_torchs_on_a_lambda():
+    found = minimise(convex, [START], optimiser=adam(0.1, cosine=True, warm_up=3), steps=10)
+    x = START.clone().requires_grad_()
+    optimiser = torch.optim.Adam([x], lr=0.1)
+    rate = lambda k: cosine_decay(k / 10) * min(1, (k + 1) / 4)  # noqa: E731
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+    for _ in range(10):
+        (x.grad,) = torch.autograd.grad(convex(x).sum(), [x])
+        optimiser.step()
+        scheduler.step()
+    torch.testing.assert_close(found.variables[0], x.detach())
 
 
 def test_best_of_counts_nan_as_infinite():

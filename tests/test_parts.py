@@ -4,61 +4,76 @@ import pytest
 import torch
 
 from gi_lib import Batch, labels, models, observe
-from gi_lib.matching import cosine, squared_l2
+from gi_lib.copies import bn_statistics
+from gi_lib.matching import cosine, layer_l2, norm, squared_l2
 from gi_lib.parametrisations import Pixels, TanhBox
-from gi_lib.priors import l2, total_variation
+from gi_lib.priors import l2, statistics_distance, total_variation
 from gi_lib.types import WithheldError
 
 
-def gradients(rows, rng):
+def gradients(rng):
     shapes = {"a": (2, 3), "b": (4,), "scale": ()}
-    stacked = {name: torch.randn(rows, *shape, generator=rng) for name, shape in shapes.items()}
-    single = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
-    return stacked, single
+    return [{name: torch.randn(shape, generator=rng) for name, shape in shapes.items()} for _ in range(2)]
 
 
 def test_distances_against_loops(rng):
-    stacked, single = gradients(3, rng)
-    for r in range(3):
-        total = dot = a2 = b2 = 0.0
-        for name in single:
-            for x, y in zip(stacked[name][r].flatten().tolist(), single[name].flatten().tolist(), strict=True):
-                total, dot, a2, b2 = total + (x - y) ** 2, dot + x * y, a2 + x * x, b2 + y * y
-        assert squared_l2(stacked, single)[r].item() == pytest.approx(total, rel=1e-5)
-        assert cosine(stacked, single)[r].item() == pytest.approx(1 - dot / (a2 * b2) ** 0.5, rel=1e-5)
+    mine, theirs = gradients(rng)
+    total = dot = a2 = b2 = norms = 0.0
+    for name in theirs:
+        layer = 0.0
+        for x, y in zip(mine[name].flatten().tolist(), theirs[name].flatten().tolist(), strict=True):
+            layer, dot, a2, b2 = layer + (x - y) ** 2, dot + x * y, a2 + x * x, b2 + y * y
+        total, norms = total + layer, norms + layer**0.5
+    assert squared_l2(mine, theirs).item() == pytest.approx(total, rel=1e-5)
+    assert layer_l2(mine, theirs).item() == pytest.approx(norms, rel=1e-5)
+    assert cosine(mine, theirs).item() == pytest.approx(1 - dot / (a2 * b2) ** 0.5, rel=1e-5)
 
 
 def test_cosine_ignores_scale_and_survives_small_and_zero_gradients(rng):
-    stacked, single = gradients(1, rng)
-    small = {name: 1e-12 * g for name, g in stacked.items()}
-    tiny = {name: 1e-12 * g for name, g in single.items()}
-    torch.testing.assert_close(cosine(small, tiny), cosine(stacked, single))
-    zero = {name: torch.zeros_like(g) for name, g in stacked.items()}
-    assert cosine(zero, single).item() == 1
+    mine, theirs = gradients(rng)
+    small, tiny = ({name: 1e-12 * g for name, g in gradient.items()} for gradient in (mine, theirs))
+    torch.testing.assert_close(cosine(small, tiny), cosine(mine, theirs))
+    zero = {name: torch.zeros_like(g) for name, g in mine.items()}
+    assert cosine(zero, theirs).item() == 1
 
 
 def test_distances_are_zero_only_at_the_gradient(rng):
-    stacked, _ = gradients(2, rng)
-    first = {name: g[0] for name, g in stacked.items()}
-    for distance in (squared_l2, cosine):
-        same, other = distance(stacked, first).tolist()
-        assert same == pytest.approx(0, abs=1e-6) and other > 0.1
+    mine, theirs = gradients(rng)
+    for distance in (squared_l2, cosine, layer_l2):
+        assert distance(mine, mine).item() == pytest.approx(0, abs=1e-6) and distance(mine, theirs).item() > 0.1
+
+
+def test_a_norm_has_the_derivative_0_at_0():
+    d = torch.zeros(3, requires_grad=True)
+    assert torch.autograd.grad(norm(d), d)[0].tolist() == [0, 0, 0]
 
 
 def test_total_variation_against_three_loops(rng):
-    x = torch.rand(2, 2, 3, 4, 5, generator=rng)
-    for r in range(2):
-        down, across = [], []
-        for plane in x[r].flatten(0, 1).tolist():
-            for i in range(4):
-                for j in range(5):
-                    if i < 3:
-                        down.append(abs(plane[i + 1][j] - plane[i][j]))
-                    if j < 4:
-                        across.append(abs(plane[i][j + 1] - plane[i][j]))
-        expected = sum(down) / len(down) + sum(across) / len(across)
-        assert total_variation(x)[r].item() == pytest.approx(expected, rel=1e-5)
-        assert l2(x)[r].item() == pytest.approx((x[r] ** 2).mean().item())
+    x = torch.rand(2, 3, 4, 5, generator=rng)
+    down, across = [], []
+    for plane in x.flatten(0, 1).tolist():
+        for i in range(4):
+            for j in range(5):
+                if i < 3:
+                    down.append(abs(plane[i + 1][j] - plane[i][j]))
+                if j < 4:
+                    across.append(abs(plane[i][j + 1] - plane[i][j]))
+    expected = sum(down) / len(down) + sum(across) / len(across)
+    assert total_variation(x).item() == pytest.approx(expected, rel=1e-5)
+    assert l2(x).item() == pytest.approx((x**2).mean().item())
+    x = x.double().requires_grad_()
+    assert torch.autograd.gradcheck(total_variation, x)
+
+
+def test_the_statistics_distance_is_zero_at_the_batch_and_has_its_derivative(client):
+    obs, batch = client("convnet", 2, (3, 12, 12), train=True, knows_bn_stats=True)
+    assert statistics_distance(obs.model, batch.images, obs.bn_stats).item() == 0
+    x = torch.rand(2, 3, 12, 12)
+    found = bn_statistics(obs.model, x)
+    by_hand = sum(
+        (a - b).square().sum().sqrt() for name in found for a, b in zip(found[name], obs.bn_stats[name], strict=True)
+    )
+    torch.testing.assert_close(statistics_distance(obs.model, x, obs.bn_stats), by_hand)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """One file a paper.
 
-An attack maps (Observation, torch.Generator) to a Reconstruction and never sees the truth. What it can't do without
-stands in its `needs`. One that needs a malicious server also has `plant`: (model, image_shape, auxiliary, generator)
--> (the planted model, a trapdoor).
+An attack maps (Observation, torch.Generator) to a Reconstruction and never sees the
+truth. What it can't do without stands in its `needs`. One that needs a malicious server
+also has `plant`: (model, image_shape, auxiliary, generator) -> (the planted model, a
+trapdoor).
 """
+
+from typing import Any
 
 from gi_lib.attacks.bias_ratio import BiasRatio
 from gi_lib.attacks.dlg import DLG
@@ -12,7 +15,7 @@ from gi_lib.attacks.idlg import IDLG
 from gi_lib.attacks.inverting_gradients import InvertingGradients
 from gi_lib.attacks.robbing_the_fed import RobbingTheFed
 
-ATTACKS = {
+ATTACKS: dict[str, Any] = {
     "bias_ratio": BiasRatio,
     "dlg": DLG,
     "gradinversion": GradInversion,
@@ -21,4 +24,12 @@ ATTACKS = {
     "robbing_the_fed": RobbingTheFed,
 }
 
-__all__ = ["ATTACKS", "DLG", "IDLG", "BiasRatio", "GradInversion", "InvertingGradients", "RobbingTheFed"]
+__all__ = [
+    "ATTACKS",
+    "DLG",
+    "IDLG",
+    "BiasRatio",
+    "GradInversion",
+    "InvertingGradients",
+    "RobbingTheFed",
+]

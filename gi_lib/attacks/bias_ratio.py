@@ -1,14 +1,16 @@
-"""The ratio of weight and bias gradients (Phong, Aono, Hayashi, Wang, Moriai, IEEE TIFS 2018).
+"""Bias ratio (Phong, Aono, Hayashi, Wang, Moriai, IEEE TIFS 2018).
 
-    x = (dL/dW_k) / (dL/db_k)      for every neuron k of a dense layer W x + b with dL/db_k != 0
+    x = (dL/dW_k) / (dL/db_k)   for every neuron k of a layer W x + b, dL/db_k != 0,
 
-since dL/dW_k = (dL/da_k) x and dL/db_k = dL/da_k, where a = W x + b. It is an identity, not an
-approximation: one image comes back exactly, up to rounding. A batch of B images makes row k a mixture,
-x_k = sum_i c_ki x_i with weights c_ki that sum to one; it shows a single image where one alone lights neuron k.
+since dL/dW_k = (dL/da_k) x and dL/db_k = dL/da_k, where a = W x + b. It is an identity,
+not an approximation: one image comes back exactly, up to rounding. A batch of B images
+makes row k a mixture, x_k = sum_i c_ki x_i with weights c_ki that sum to one; it shows
+a single image where one alone lights neuron k.
 
 The layer is found by a forward pass, and so is the order in which it sees the pixels.
-Departs from the paper: for one image the ratio is averaged over neurons, weighted by |dL/db_k|, so that the
-well-conditioned ones count most; for a batch the B neurons with the largest |dL/db_k| give the B images.
+Departs from the paper: for one image the ratio is averaged over neurons, weighted by
+|dL/db_k|, so that the well-conditioned ones count most; for a batch the B neurons with
+the largest |dL/db_k| give the B images.
 """
 
 from dataclasses import dataclass
@@ -19,17 +21,17 @@ import torch
 from gi_lib import labels
 from gi_lib.models.layers import pixel_layer
 from gi_lib.search import certified
-from gi_lib.types import NotApplicableError, Needs, Observation, Reconstruction
+from gi_lib.types import Needs, NotApplicableError, Observation, Reconstruction
 
 
 def dense_on_pixels(obs: Observation) -> str | None:
     """A first layer that is dense on the pixels and has a bias."""
     try:
-        first, _ = pixel_layer(obs.model, obs.image_shape)
+        *names, _ = pixel_layer(obs.model, obs.image_shape)
     except NotApplicableError as error:
         return str(error)
-    missing = {first.weight, first.bias} - obs.gradient.keys()
-    return f"{', '.join(sorted(map(str, missing)))} of the first layer are frozen" if missing else None
+    frozen = [name for name in names if name not in obs.gradient]
+    return f"{', '.join(frozen)} of the first layer are frozen" if frozen else None
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,15 @@ class BiasRatio:
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)
-        B, (first, pixels) = obs.batch_size or 1, pixel_layer(obs.model, obs.image_shape)
-        dW, db = obs.gradient[first.weight or ""][:, pixels], obs.gradient[first.bias or ""]
+        B = obs.batch_size or 1
+        W, b, pixels = pixel_layer(obs.model, obs.image_shape)
+        dW, db = obs.gradient[W][:, pixels], obs.gradient[b]
         active = int(db.count_nonzero())
         if active < B:
             raise ValueError(
-                f"{active} neurons of the first layer have a gradient, and {B} images need as many;"
-                " the ratio of the others is 0 / 0. Nothing more can be read from this update"
+                f"{active} neurons of the first layer have a gradient, and {B} images"
+                " need as many; the ratio of the others is 0 / 0. Nothing more can be"
+                " read from this update"
             )
         if B == 1:
             x = (db.sign() @ dW) / db.abs().sum()

@@ -2,13 +2,15 @@
 
     x*, y* = argmin over x, y of  | g(x, softmax(y)) - g* |^2
 
-by L-BFGS with step length 1, from x and y drawn from N(0, 1). The loss contains a gradient, so that its
-own gradient needs the model's second derivatives. ReLU has none but at its corner, where the loss jumps:
-the authors ask for a smooth model. On some networks with ReLU the search succeeds all the same.
+by L-BFGS with step length 1, from x and y drawn from N(0, 1). The loss contains a
+gradient, so that its own gradient needs the model's second derivatives. ReLU has none
+but at its corner, where the loss jumps: the authors ask for a smooth model. On some
+networks with ReLU the search succeeds all the same.
 
 With known labels only x is sought.
-Departs from the paper: restarts are stacked and the one with the smallest loss is returned; images
-are clipped to [0, 1] at the end. Settings are those of the authors' public code.
+Departs from the paper: restarts are stacked and the one with the smallest loss is
+returned; images are clipped to [0, 1] at the end. Settings are those of the authors'
+public code.
 """
 
 import warnings
@@ -51,8 +53,8 @@ class DLG:
             start.append(gaussian(obs, obs.batch_size or 1, obs.num_classes))
 
         def loss(x, *y):
-            g = obs.simulate(x, y[0].softmax(-1) if y else known)
-            return squared_l2(g, obs.gradient)
+            labels = y[0].softmax(-1) if known is None else known
+            return squared_l2(obs.simulate(x, labels), obs.gradient)
 
         return search(
             obs,
@@ -63,7 +65,7 @@ class DLG:
             loss=loss,
             match=lambda x, *y: loss(x.clamp(0, 1), *y),
             image=lambda x, *y: x,
-            labels=lambda x, *y: y[0].argmax(-1) if y else known,
+            labels=lambda x, *y: y[0].argmax(-1) if known is None else known,
             optimiser=lbfgs(self.lr, max_iter=self.max_iter, history=self.history),
             frames=self.frames,
         )
@@ -72,7 +74,8 @@ class DLG:
 def _warn_of_kinks(obs: Observation) -> None:
     if any(isinstance(layer, _PIECEWISE_LINEAR) for layer in obs.model.modules()):
         warnings.warn(
-            "DLG needs second derivatives of the model, and its ReLU-like layers have none almost"
-            " everywhere: it may stall or blow up; compare with InvertingGradients, or a smooth activation",
+            "DLG needs second derivatives of the model, and its ReLU-like layers have"
+            " none almost everywhere: it may stall or blow up; compare with"
+            " InvertingGradients, or a smooth activation",
             stacklevel=3,
         )

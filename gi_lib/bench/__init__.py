@@ -11,7 +11,7 @@ import os
 import pickle
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,7 +94,7 @@ def run(
     data.root(root)  # a data root that is not there fails now, not once a case
     with _only_run(out):
         known = {row["key"]: row for row in results.rows(out)} if out.exists() else {}
-        todo = {k: case for k, case in wanted.items() if known.get(k, {}).get("status") not in DONE}
+        todo = {k: case for k, case in wanted.items() if k not in known or known[k]["status"] not in DONE}
         if isinstance(executor, Pool):
             _check_importable(todo.values())
         done = len(wanted) - len(todo)
@@ -160,7 +160,7 @@ def _check_importable(cases: Iterable[Case]) -> None:
 
 def _measure_all(
     cases: dict[str, Case], executor: Executor | None, root: Path | None, device: str
-) -> Iterator[Measured]:
+) -> Generator[Measured]:
     if executor is None:
         for case in cases.values():
             yield measure(case, root, device)
@@ -235,6 +235,8 @@ def score(out: Path, root: Path | None = None) -> tuple[int, int]:
             break
         missed = [value is None for value in row["psnr"] or ()]
         found = [None if gone else value for gone, value in zip(missed, values.tolist(), strict=True)]
-        results.append(out, {**row, "lpips": found})
+        filled_in = row.copy()
+        filled_in["lpips"] = found
+        results.append(out, filled_in)
         filled += 1
     return filled, len(empty) - filled

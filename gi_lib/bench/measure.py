@@ -58,13 +58,13 @@ def measure(case: Case, root: Path | None, device: str) -> Measured:
 
 def failed(case: Case, device: str, reason: str, status: str = "failed") -> Measured:
     """The record of a case that has come to nothing."""
-    return {**_begin(case, device), "status": status, "error": reason}, None  # type: ignore[typeddict-item]
+    return {**_begin(case, device), "status": status, "error": reason}, None
 
 
 def _said(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
-    except Exception as inner:  # an exception of the user's own, whose text raises
+    except Exception as inner:  # noqa: BLE001 # an exception of the user's own, whose text raises
         return f"{type(error).__name__}, whose text can't be had ({type(inner).__name__})"
 
 
@@ -145,7 +145,7 @@ def _observed(case: Case, model: Classifier, dataset: data.Dataset, batch: Batch
         with torch.no_grad():
             for name, p in sent.named_parameters() if isinstance(sent, torch.nn.Module) else ():
                 if case.rounds > 1 and p.requires_grad:
-                    p -= case.client.lr * obs.gradient[name]
+                    p.sub_(obs.gradient[name], alpha=case.client.lr)
     return obs
 
 
@@ -220,7 +220,8 @@ def _curve(rec: Reconstruction, batch: Batch, candidates: Tensor) -> Progress | 
     """The scores of the snapshots. The attack has ended: it sees nothing of them."""
     if rec.frames is None or len(rec.frame_evaluations) != len(rec.frames):
         return None
-    psnr, identified = [], []
+    psnr: list[list[float | None]] = []
+    identified: list[list[bool]] = []
     for frame in rec.frames.cpu():
         if not torch.isfinite(frame).all():
             psnr.append([None] * len(batch))

@@ -54,8 +54,8 @@ FEW = (2, 6)
 
 def _tried(name: str, cases: list[Case], root: Path | None, device: str) -> Cell:
     case = cases[0]
-    steps = getattr(case.attack, "steps", None)
-    short = [case] if steps is None or steps <= FEW[1] else [_with_steps(case, n) for n in FEW]
+    steps: int = getattr(case.attack, "steps", 0)
+    short = [case] if steps <= FEW[1] else [_with_steps(case, n) for n in FEW]
     seconds, whole = [], math.nan
     for each in short:
         start = time.perf_counter()

@@ -1,11 +1,15 @@
-"""DP-SGD (Abadi, Chu, Goodfellow, McMahan, Mironov, Talwar, Zhang, CCS 2016, arXiv:1607.00133).
+"""DP-SGD (Abadi, Chu, Goodfellow, McMahan, Mironov, Talwar, Zhang, CCS 2016).
 
-    g = 1/L ( sum_i g_i min(1, C / |g_i|) + N(0, sigma^2 C^2 I) )
+arXiv:1607.00133.
 
-in every local step: g_i is the gradient of one image alone, L the expected batch size. With sigma = 0 it is clipping.
-The privacy that it buys is a matter of accounting over rounds (opacus.accountants), which is not done here.
+    g = 1/L ( sum_i g_i min(1, S / |g_i|) + N(0, nu^2 S^2 I) )
 
-Departs from the paper: none; as in Opacus, 1e-6 is added to the norm before the division.
+in every local step: g_i is the gradient of one image alone, S the norm to which it is
+clipped, L the expected batch size. With nu = 0 it is clipping. The privacy that it buys
+is a matter of accounting over rounds (opacus.accountants), which is not done here.
+
+Departs from the paper: none; as in Opacus, 1e-6 is added to the norm before the
+division.
 """
 
 import dataclasses
@@ -14,9 +18,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from gi_lib.copies import batch_norms
+from gi_lib.copies import batch_norms, forward
 from gi_lib.defenses.base import Defense
 from gi_lib.federated import Client
 from gi_lib.types import Gradient, real, whole
@@ -24,7 +27,7 @@ from gi_lib.types import Gradient, real, whole
 
 @dataclass(frozen=True)
 class ClippedGradients:
-    """The rule of one step of DP-SGD. Without a generator, as an attacker simulates it, the noise is left out."""
+    """The rule of one step. Without a generator, as if simulated, it adds no noise."""
 
     clip: float
     noise: float
@@ -41,35 +44,46 @@ class ClippedGradients:
     ) -> Gradient:
         if any(norm.own_statistics for norm in batch_norms(model).values()):
             raise ValueError(
-                "DP-SGD needs the gradient of each image alone, and batch norm in train mode mixes the images; call"
-                " .eval() on the model, or use group norm"
+                "DP-SGD needs the gradient of each image alone, and batch norm in train"
+                " mode mixes the images; call .eval() on the model, or use group norm"
             )
 
         def one(theta: Gradient, x: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(functional_call(model, theta, (x.unsqueeze(0),)), y.unsqueeze(0))
+            return F.cross_entropy(
+                forward(model, x.unsqueeze(0), theta), y.unsqueeze(0)
+            )
 
-        each = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))(dict(theta), images, labels)
+        each = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))(
+            dict(theta), images, labels
+        )
         square = sum(g.flatten(1).square().sum(1) for g in each.values())
         assert isinstance(square, Tensor)
         share = (self.clip / (square.sqrt() + 1e-6)).clamp(max=1)
-        total = {name: torch.einsum("b...,b->...", g, share) for name, g in each.items()}
+        total = {
+            name: torch.einsum("b...,b->...", g, share) for name, g in each.items()
+        }
         if rng is not None and self.noise:
             std = self.noise * self.clip
             total = {
-                name: g + torch.normal(0, std, g.shape, generator=rng, dtype=g.dtype).to(g.device)
+                name: g
+                + torch.normal(0, std, g.shape, generator=rng, dtype=g.dtype).to(
+                    g.device
+                )
                 for name, g in total.items()
             }
-        return {name: g / (self.expected_batch or len(images)) for name, g in total.items()}
+        return {
+            name: g / (self.expected_batch or len(images)) for name, g in total.items()
+        }
 
 
 @dataclass(frozen=True)
 class DPSGD(Defense):
-    """Clip each image's gradient to the norm C, and add noise, in every local step.
+    """Clip each image's gradient to the norm S, and add noise, in every local step.
 
     Args:
-        clip: C.
-        noise: sigma, the noise's standard deviation over C.
-        expected_batch: L; None takes the number of images in the step, which is what is known without sampling.
+        clip: S.
+        noise: nu, the noise's standard deviation over S.
+        expected_batch: L; None takes the number of images in the step.
     """
 
     clip: float = 1.0
@@ -84,4 +98,6 @@ class DPSGD(Defense):
             whole(self, "expected_batch")
 
     def on_client(self, client: Client) -> Client:
-        return dataclasses.replace(client, rule=ClippedGradients(self.clip, self.noise, self.expected_batch))
+        return dataclasses.replace(
+            client, rule=ClippedGradients(self.clip, self.noise, self.expected_batch)
+        )

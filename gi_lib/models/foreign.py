@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,9 +63,10 @@ def _timm(name: str, num_classes: int, image_shape: Shape) -> Built:
         raise ValueError(f"timm:{name} needs the package timm (pip install timm)") from error
     if not timm.is_model(name):
         raise ValueError(nearest(name, timm.list_models(), "model of timm"))
-    more = {"img_size": image_shape[1:]} if "vit_" in name or "mixer" in name else {}
+    more: dict[str, Any] = {"img_size": image_shape[1:]} if "vit_" in name or "mixer" in name else {}
     net = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=image_shape[0], **more)
-    mean, std = net.default_cfg.get("mean", (0.0,)), net.default_cfg.get("std", (1.0,))
+    normalisation = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    mean, std = (getattr(normalisation, kind, None) or (default,) for kind, default in (("mean", 0.0), ("std", 1.0)))
     channels = image_shape[0]
     if len(mean) not in (1, channels):  # grey images take the mean over the colours
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)

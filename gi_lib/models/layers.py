@@ -82,11 +82,12 @@ def logit_layer(model: Classifier, image_shape: Shape) -> Dense:
     )
 
 
-def pixel_layer(model: Classifier, image_shape: Shape) -> tuple[Dense, Tensor]:
+def pixel_layer(model: Classifier, image_shape: Shape) -> tuple[str, str, Tensor]:
     """The first dense layer, which must see every pixel once, and their arrangement.
 
     Returns:
-        The layer, and [C H W] int64: pixel i of the image as the model normalises it is input arrangement[i].
+        The names of its weight and its bias, and [C H W] int64: pixel i of the image as the model normalises it is
+        input arrangement[i].
 
     Raises:
         NotApplicableError: the model begins otherwise.
@@ -111,4 +112,4 @@ def pixel_layer(model: Classifier, image_shape: Shape) -> tuple[Dense, Tensor]:
             f"{begins}; this model changes the pixels before it, and not their order alone; use an attack that"
             " matches gradients"
         )
-    return first, arrangement
+    return first.weight, first.bias, arrangement

@@ -154,10 +154,8 @@ _ONE_AN_IMAGE = ("psnr", "floor", "ssim", "lpips", "mse", "identified")
 def _validator() -> TypeAdapter[Record]:
     import pydantic
 
-    class Strict(Record):
-        __pydantic_config__ = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
-
-    return pydantic.TypeAdapter(Strict)
+    strict = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+    return pydantic.TypeAdapter(pydantic.with_config(strict)(Record))
 
 
 def checked(row: Record) -> Record:

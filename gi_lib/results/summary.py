@@ -36,8 +36,8 @@ def summarise(frame: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFr
     Returns:
         The columns of `by` and: ok and n (cases, without those that do not apply), images, psnr with psnr_low and
         psnr_high (95 % bootstrap interval of the mean over images), above (mean dB above the floor), ssim, lpips,
-        identified, chance, recall, image_precision, label_accuracy (means), seconds, steps, training_steps (medians over
-        cases). Images that were missed are in `images` and `recall`, and in no mean of decibels. A group with an
+        identified, chance, recall, image_precision, label_accuracy (means), seconds, steps, training_steps (medians
+        over cases). Images that were missed are in `images` and `recall`, and in no mean of decibels. A group with an
         image whose LPIPS is missing has no mean LPIPS.
 
     Raises:
@@ -127,7 +127,7 @@ def plateau(frame: pd.DataFrame) -> pd.DataFrame:
     found = []
     by = [*_CELL, "setting"]
     for cell, cases in done.groupby(by, dropna=False, sort=False):
-        budgets = {steps: part for steps, part in cases.groupby("steps")}
+        budgets = dict(list(cases.groupby("steps")))
         for steps, part in budgets.items():
             smaller = [s for s in budgets if 2 <= steps / s <= 5]
             row = dict(zip(by, cell, strict=True)) | {"steps": steps, "below": np.nan, "plateau": None}
