@@ -34,6 +34,9 @@ export OMP_NUM_THREADS ?= 1
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 
+# What a reader's notebook shows as a bar would stay in a page as text.
+book test: export TQDM_DISABLE = 1
+
 .PHONY: book test lint serve clean repository cells
 .DELETE_ON_ERROR:
 

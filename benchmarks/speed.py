@@ -23,13 +23,12 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from gi_lib import Batch, Observation, ThreatModel, models, observe, provenance
 from gi_lib.attacks import DLG, InvertingGradients
-from gi_lib.bench.cost import peak_mb, reset_peak, training_step_seconds, wait
-from gi_lib.execution import Evaluator
+from gi_lib.bench.cost import peak_mb, reset_peak, training_step_seconds
+from gi_lib.execution import Evaluator, at_once, second_derivatives
 from gi_lib.matching import squared_l2
 from gi_lib.parametrisations import Pixels
 from gi_lib.types import nearest
@@ -77,6 +76,12 @@ def observed(fixture: Fixture, device: str) -> tuple[Observation, Batch]:
     return observe(model, batch, threat=ThreatModel(knows_labels=True), rng=rng), batch
 
 
+def wait(device: str) -> None:
+    """Until a GPU has done what it was given; a processor has."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def floor(obs: Observation) -> Callable[[], None]:
     parameters, observed_gradient = list(obs.model.parameters()), list(obs.gradient.values())
     start = torch.randn(obs.batch_size, *obs.image_shape, device=obs.device)
@@ -117,7 +122,7 @@ def attack_seconds(obs: Observation, restarts: int, steps: int) -> list[float]:
 def call_seconds(call: Callable[[], object], device: str, repeats: int) -> list[float]:
     seconds = []
     for _ in range(repeats):
-        with sdpa_kernel(SDPBackend.MATH):  # attention has a second derivative on this path only
+        with second_derivatives():
             wait(device)
             start = time.perf_counter()
             call()
@@ -147,7 +152,7 @@ def measure(fixture: Fixture, device: str) -> dict:
     torch.set_num_threads(1)
     seconds, floor_seconds = statistics.median(iterations), statistics.median(floors)
     row |= {
-        "at_once": min(obs.at_once, fixture.restarts),
+        "at_once": min(at_once(obs), fixture.restarts),
         "iterations": rounds * per_round,
         "iteration_ms": 1e3 * seconds,
         "floor_ms": 1e3 * floor_seconds,
@@ -165,10 +170,10 @@ def lbfgs(obs: Observation, at_floor: Callable[[], None], device: str) -> dict:
     """One evaluation of DLG's loss, and one whole iteration of its L-BFGS with a full history, over the floor."""
 
     def loss(x):
-        return squared_l2(obs.simulate_rows(x, obs.labels.expand(len(x), -1)), obs.gradient)
+        return squared_l2(obs.simulate(x, obs.labels), obs.gradient)
 
     start = torch.randn(1, obs.batch_size, *obs.image_shape).to(obs.device)
-    evaluate = Evaluator(loss, [start], (), 1)
+    evaluate = Evaluator(loss, [start], 1)
     attack, closures, floors, wholes = DLG(steps=10), [], [], []
     for _ in range(5):
         floors += call_seconds(at_floor, device, 40)

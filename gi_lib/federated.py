@@ -46,6 +46,7 @@ from gi_lib.types import (
     Rule,
     Sent,
     Statistics,
+    differing,
     real,
     whole,
 )
@@ -188,10 +189,13 @@ class Client:
             )
 
     def __str__(self) -> str:
-        more = {name: value for name, value in vars(self).items() if value != getattr(Client, name)}
+        more = differing(self)
         name = "FedAvg" if self.steps > 1 or "optimiser" in more else "FedSGD"
         if self.steps == 1 and "optimiser" not in more:
             more.pop("lr", None)
+        if "optimiser" in more:
+            settings = ", ".join(f"{k}={v}" for k, v in differing(self.optimiser).items())
+            more["optimiser"] = f"{type(self.optimiser).__name__}({settings})"
         return f"{name}({', '.join(f'{k}={v}' for k, v in more.items())})" if more else name
 
     def schedule(self, size: int, rng: torch.Generator | None = None) -> Order:

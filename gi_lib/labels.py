@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gi_lib.models.layers import logit_layer
+from gi_lib.models.layers import dense_layers, logit_layer
 from gi_lib.types import Labels, NotApplicableError, Observation, WithheldError
 
 revision = 1
@@ -49,7 +49,7 @@ def idlg(obs: Observation) -> Labels:
     negative sum is the label's.
 
     Raises:
-        NotApplicableError: the batch has more than one image, or the gradient of the last layer is zero.
+        NotApplicableError: the batch has more than one image, or no sign tells the label.
         WithheldError: the batch size is withheld.
     """
     _need_batch_size(obs, "idlg")
@@ -65,9 +65,10 @@ def idlg(obs: Observation) -> Labels:
     else:
         rows = nn.functional.normalize(weight, dim=1)
         score = (rows @ rows.T).sum(1)
-    if not score.any():
+    if score.min() >= 0:
         raise NotApplicableError(
-            "the gradient of the last layer is zero, and says nothing of the label: the network is sure of it"
+            "no entry of the last layer's gradient is negative, so that it says nothing of the label: the network is"
+            " sure of it, and the rest is rounding"
         )
     return score.argmin().reshape(1)
 
@@ -97,6 +98,26 @@ def infer(obs: Observation) -> Labels:
     if obs.labels is not None:
         return obs.labels
     return idlg(obs) if obs.batch_size == 1 else column_min(obs)
+
+
+def of_images(obs: Observation, images: Tensor) -> Labels:
+    """Which label each image of a batch has that is known [B, C, H, W]: the order of the labels of `infer`.
+
+    The last layer's gradient is 1/B sum_i (p_i - y_i) h_i^T, of which all but the labels y_i is known: it is solved
+    for them by least squares.
+
+    Raises:
+        NotApplicableError: the model does not end in a dense layer.
+    """
+    gW, gb = last_layer(obs)
+    layers, logits = dense_layers(obs.model, images)
+    name = logit_layer(obs.model, obs.image_shape).weight
+    h = next(layer.input for layer in layers if layer.weight == name)
+    if gb is not None:
+        gW, h = torch.cat([gW, gb[:, None]], 1), torch.cat([h, torch.ones_like(h[:, :1])], 1)
+    p, h, gW = logits.softmax(1).double(), h.double(), gW.double()
+    ys = torch.linalg.lstsq(h.T, (p.T @ h - len(images) * gW).T).solution
+    return ys.argmax(1)
 
 
 def readable(obs: Observation) -> str | None:

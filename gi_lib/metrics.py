@@ -64,6 +64,7 @@ def align(reconstructed: Tensor, truth: Tensor) -> Permutation:
 
 def floor(truth: Tensor) -> Values:
     """PSNR of each image's own mean colour, the mean over the pixels of each channel, [B] in dB."""
+    _, truth = _comparable(truth, truth)
     return psnr(truth.mean((-2, -1), keepdim=True).expand_as(truth), truth)
 
 
@@ -207,7 +208,7 @@ def _comparable(reconstructed: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     for name, images in (("reconstruction", reconstructed), ("truth", truth)):
         if not isinstance(images, Tensor) or images.ndim != 4 or images.is_complex():
             said = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images must be tensors [B, C, H, W], got {said} for the {name}")
+            raise ValueError(f"images must be [B, C, H, W], tensors of numbers; the {name} is {said}")
     if truth.numel() == 0 or reconstructed.shape[1:] != truth.shape[1:]:
         raise ValueError(
             f"images must be [B, C, H, W] and of one size, got {list(reconstructed.shape)} against"

@@ -108,7 +108,7 @@ def minimise(
         rank: as `loss`; its values at the end are the `losses` of the result. None takes `loss`.
         best: whether each row ends at the iterate of its smallest loss, instead of its last.
         image: (*variables of one row) -> what a frame keeps; None takes the first variable.
-        frames: snapshots to keep, closer together at the beginning; 0 keeps none.
+        frames: snapshots to keep, the last at the end and closer together at the beginning; 0 keeps none.
         at_once: rows in one call of the loss (execution.at_once); None takes all.
 
     Raises:
@@ -133,7 +133,7 @@ def minimise(
             " use adam, or write the loss without a schedule"
         )
     evaluate = Evaluator(loss, variables, at_once or rows)
-    wanted = set(np.unique(np.geomspace(1, steps, frames).astype(int) - 1).tolist()) if frames else set()
+    wanted = set(np.geomspace(1, steps, frames).astype(int).tolist()[:-1]) if frames else set()
     trace: list[Tensor] = []
     kept: list[Tensor] = []
     kept_steps: list[int] = []
@@ -178,7 +178,7 @@ def minimise(
         for k in steps_bar:
             if now is not None:
                 now.fill_(k / steps)
-            if k in wanted:
+            if k + 1 in wanted:
                 keep(k, lowest_at if best and k else variables)
             trace.append(advance())
             method.between()

@@ -1,5 +1,6 @@
 """What every iterative attack calls: start, minimise, choose by the matching loss, report."""
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gi_lib.execution import OneGuess, at_once
-from gi_lib.labels import LabelRule
+from gi_lib.labels import LabelRule, of_images
 from gi_lib.matching import squared_l2
 from gi_lib.optimise import Each, Minimum, Optimiser, minimise
 from gi_lib.types import NotApplicableError, Observation, Reconstruction, Rows
@@ -108,6 +109,9 @@ def certified(obs: Observation, images: Tensor, label_rule: LabelRule) -> Recons
     """
     try:
         y = label_rule(obs)
+        if len(images) > 1:  # whose label is whose
+            with contextlib.suppress(NotApplicableError):
+                y = of_images(obs, images)
         simulated = obs.simulate(images, y)
     except NotApplicableError as error:
         reason = {"certified": None, "relative_error": None, "why": str(error)}

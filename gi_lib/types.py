@@ -238,7 +238,7 @@ class Observation:
 
     Args:
         gradient: what was sent: (theta_0 - theta_T) / lr of one client, or the mean over several.
-        model: the weights that the client started from; a copy (federated.attackers_copy), never the caller's.
+        model: the weights that the client started from; a copy (copies.attackers_copy), never the caller's.
         client: the client's own code, differentiable; None where its training details are withheld.
         image_shape: (C, H, W).
         batch_size: B, of all clients together, or None.

@@ -1,6 +1,9 @@
 """The `gi` command: what it prints, what it writes, and how it ends."""
 
+import subprocess
+import sys
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,9 @@ from typer.testing import CliRunner
 import gi_lib
 from gi_lib import bench, metrics, results
 from gi_lib.attacks import ATTACKS
-from gi_lib.cli import app, parse_indices
+from gi_lib.cli import app, from_spec, parse_indices
 from gi_lib.data import DATASETS
+from gi_lib.defenses import DEFENSES
 from gi_lib.models import MODELS, WEIGHTS
 
 STUDY = """
@@ -27,6 +31,7 @@ def gi(tmp_path, monkeypatch):
     """Run `gi` in an empty folder, without LPIPS."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metrics, "lpips", lambda *args, **kwargs: None)
+    monkeypatch.setattr(bench, "pool", lambda workers, limit=None: nullcontext())  # in this process, to be fast
     Path("tiny.py").write_text(STUDY)
     return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
 
@@ -51,7 +56,8 @@ def test_version_is_the_package_s(gi):
 def test_attack_prints_scores_and_writes_the_picture(gi, dataset, size):
     done = gi("attack", "inverting_gradients", "--dataset", dataset, "--indices", "0-1", "--steps", 2, "--labels")
     assert done.exit_code == 0, done.output
-    for word in ("PSNR", "SSIM", "LPIPS missing", "labels 100%", "training steps", "attack.png", "steps=2"):
+    words = ("PSNR", "SSIM", "LPIPS missing", "labels 100%", "training steps", "attack.png", "steps=2", "letter B")
+    for word in (*words, "the image's mean colour", "chance", "returned 2 of 2 images"):
         assert word in done.output
     zoom = 128 // size
     with Image.open("attack.png") as image:
@@ -62,6 +68,40 @@ def test_attack_on_fedavg(gi):
     done = gi("attack", "inverting_gradients", "--local-steps", 2, "--steps", 2, "--restarts", 2, "--out", "a.png")
     assert done.exit_code == 0, done.output
     assert Path("a.png").exists()
+
+
+def test_attack_through_a_defense_by_several_clients(gi):
+    settings = ("--defense", "gaussian_noise:std=0.01", "--clients", 2, "--indices", "0-1", "--model", "mlp")
+    done = gi("attack", "bias_ratio", *settings)
+    assert done.exit_code == 0, done.output
+    assert "the closed form does not hold here" in done.stderr
+
+
+def test_attack_of_a_malicious_server_is_granted_what_it_needs(gi):
+    done = gi("attack", "robbing_the_fed:bins=16,surrogates=500", "--indices", "0-3", "--model", "lenet")
+    assert done.exit_code == 0, done.output
+    assert "RobbingTheFed(bins=16, surrogates=500); ThreatModel(has_auxiliary_data=True, malicious_server=True)" in (
+        done.output
+    )
+    assert "labels unknown" in done.output and "matching loss unknown" in done.output
+
+
+def test_attack_on_a_librarys_model(gi):
+    more = ("--model", "torchvision:resnet18", "--dataset", "photos", "--steps", 1, "--size", 16)
+    done = gi("attack", "inverting_gradients", *more)
+    assert done.exit_code == 0, done.output
+
+
+def test_settings_follow_a_colon():
+    assert from_spec("dlg:lr=0.5,history=7", ATTACKS, "attack", {"steps": 3}) == ATTACKS["dlg"](3, 0.5, history=7)
+    assert from_spec("dp_sgd:expected_batch=None", DEFENSES, "defense") == DEFENSES["dp_sgd"]()
+    for spec, message in [
+        ("dlgg", "did you mean 'dlg'"),
+        ("dlg:lr", "settings are written field=value"),
+        ("dlg:rate=1", "no setting of dlg is called 'rate'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            from_spec(spec, ATTACKS, "attack")
 
 
 def test_a_warning_is_one_line(gi):
@@ -79,6 +119,16 @@ def test_a_warning_is_one_line(gi):
         (["attack", "dlg", "--weights", "cifar10"], "no set of weights is called 'cifar10'"),
         (["attack", "dlg", "--indices", "a"], "is not a list of whole numbers such as 0,1 or 0-3"),
         (["attack", "dlg", "--indices", "999"], "index 999 is out of range"),
+        (["attack", "dlg", "--indices", "0-20000000"], "is more than 4096 images"),
+        (["attack", "dlg", "--indices", "0-9999999999999999"], "is not a list of whole numbers"),
+        (["attack", "dlg", "--steps", "0"], "DLG needs steps, a whole number >= 1, got 0"),
+        (["attack", "bias_ratio", "--steps", "3"], "no setting of bias_ratio is called 'steps'"),
+        (["attack", "dlg", "--defense", "noise"], "no defense is called 'noise'"),
+        (["attack", "dlg", "--clients", "2"], "2 clients can't share 1 images"),
+        (["attack", "dlg", "--model", "timm:no_such"], "no model of timm is called 'no_such'"),
+        (["attack", "dlg", "--model", "nowhere:make"], "there is no make in a module nowhere"),
+        (["attack", "idlg", "--indices", "0-1"], "IDLG takes one image, got batch_size=2"),
+        (["run", "tiny.py", "--dask", "tcp://127.0.0.1:1", "--limit", "3"], "Dask has limits of its own"),
         (["attack", "dlg", "--device", "gpu"], "the device 'gpu' can't be used"),
         (["attack", "dlg", "--dataset", "mnist", "--root", "nowhere"], "nowhere"),
         (["attack", "dlg", "--steps", "1", "--out", "/proc/no/a.png"], "/proc/no"),
@@ -102,7 +152,7 @@ def test_bad_input_ends_with_one_line_and_2(gi, arguments, message):
 def test_run_table_score(gi, monkeypatch):
     done = gi("run", "tiny.py")
     assert done.exit_code == 0, done.output
-    assert "3 of 3 cases ok; records: results/tiny.jsonl" in done.output
+    assert "3 ok, of 3 cases; records: results/tiny.jsonl" in done.output
     assert len(list(Path("results/tiny").glob("*.png"))) == 3
     table = gi("table", "--by", "attack,model")
     assert "inverting_gradients" in table.output
@@ -118,26 +168,83 @@ def test_failed_cases_are_listed_and_the_code_is_1(gi):
     Path("tiny.py").write_text(STUDY.replace("range(3)", "(0, 999)"))
     done = gi("run", "tiny.py", "--out", "elsewhere")
     assert done.exit_code == 1
-    assert "1 of 2 cases ok; records: elsewhere/tiny.jsonl" in done.stdout
+    assert "1 ok, 1 failed, of 2 cases; records: elsewhere/tiny.jsonl" in done.stdout
     assert "gi: failed: inverting_gradients on lenet, digits [999]: ValueError: index 999" in done.stderr
 
 
 def test_ctrl_c_says_what_is_kept_and_how_to_go_on(gi, monkeypatch):
-    attempt, ran = bench.attempt, []
+    measure, ran = bench.measure, []
 
     def interrupted(case, *rest):
         ran.append(case)
         if len(ran) == 3:
             raise KeyboardInterrupt
-        return attempt(case, *rest)
+        return measure(case, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "attempt", interrupted)
+        patch.setattr(bench, "measure", interrupted)
         done = gi("run", "tiny.py")
     assert done.exit_code == 130
     assert "2 finished cases are kept in results/tiny.jsonl, the same command goes on" in done.stderr
     assert len(results.rows(Path("results/tiny.jsonl"))) == 2
-    assert "3 of 3 cases ok" in gi("run", "tiny.py").output
+    assert "3 ok, of 3 cases" in gi("run", "tiny.py").output
+
+
+def test_what_does_not_apply_is_counted_apart(gi):
+    Path("tiny.py").write_text(
+        STUDY.replace("range(3)", "(0,)") + "CASES += [Case(BiasRatio(), 'lenet', 'digits', (0,))]"
+    )
+    Path("tiny.py").write_text("from gi_lib.attacks import BiasRatio\n" + Path("tiny.py").read_text())
+    done = gi("run", "tiny.py")
+    assert done.exit_code == 0 and "1 ok, 1 not applicable, of 2 cases" in done.output
+
+
+def test_cases_may_be_made_by_a_generator(gi):
+    Path("tiny.py").write_text(
+        STUDY.replace("CASES = [", "CASES = (").replace("for i in range(3)]", "for i in range(3))")
+    )
+    assert "3 ok, of 3 cases" in gi("run", "tiny.py").output
+
+
+def test_a_plan_says_what_runs_what_does_not_and_how_long(gi):
+    more = "CASES += [Case(BiasRatio(), 'lenet', 'digits', (i,)) for i in range(2)]\n"
+    more += "CASES += [Case(InvertingGradients(steps=2000), 'lenet', 'digits', (i,)) for i in range(4)]\n"
+    Path("tiny.py").write_text("from gi_lib.attacks import BiasRatio\n" + STUDY + more)
+    done = gi("run", "tiny.py", "--plan", "--workers", 2)
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert len(lines) == 4 and not Path("results").exists()
+    assert lines[0].startswith("    3 x ") and "InvertingGradients(steps=2), lenet, untrained, digits" in lines[0]
+    assert "    2 do not run  BiasRatio(), lenet" in lines[1] and "needs one on all 64 pixels" in lines[1]
+    short, long = (float(lines[i].split()[2]) for i in (0, 2))
+    assert long > 5 * short
+    assert "0 of 9 cases are done; 7 run, 2 do not; about" in lines[3] and "with 2" in lines[3]
+
+
+def test_a_limit_of_the_study_is_taken(gi, monkeypatch):
+    limits = []
+    monkeypatch.setattr(bench, "pool", lambda workers, limit=None: limits.append(limit) or nullcontext())
+    Path("tiny.py").write_text(STUDY + "LIMIT = 60\n")
+    gi("run", "tiny.py")
+    gi("run", "tiny.py", "--limit", 7)
+    assert limits == [60, 7]
+
+
+def test_a_study_that_another_process_runs_is_said_so(gi):
+    out = Path("results/tiny.jsonl")
+    code = (
+        "import sys, pathlib; from gi_lib import bench\n"
+        "with bench._only_run(pathlib.Path('results/tiny.jsonl')): print('held', flush=True); sys.stdin.read()"
+    )
+    held = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert held.stdout.readline() == "held\n"
+        done = gi("run", "tiny.py")
+        assert done.exit_code == 2 and f"process {held.pid} on " in done.stderr and not out.exists()
+        assert "is running this study; wait for it, or stop it, and run it again" in done.stderr
+    finally:
+        held.communicate("")
+    assert gi("run", "tiny.py").exit_code == 0
 
 
 def test_ctrl_c_in_an_attack(gi, monkeypatch):
@@ -151,7 +258,7 @@ def test_ctrl_c_in_an_attack(gi, monkeypatch):
 
 def test_list_has_everything_with_its_needs(gi):
     everything = gi("list").output
-    for name in [*ATTACKS, *MODELS, *WEIGHTS, *DATASETS]:
+    for name in [*ATTACKS, *MODELS, *WEIGHTS, *DATASETS, *DEFENSES, "torchvision:NAME"]:
         assert name in everything
     attacks = gi("list", "attacks").output
     assert "digits" not in attacks
@@ -161,6 +268,28 @@ def test_list_has_everything_with_its_needs(gi):
 
 def test_indices():
     assert parse_indices("0,2-4") == (0, 2, 3, 4)
+    assert len(parse_indices("0-4095")) == 4096
     for wrong in ("", "1,", "-1", "1.5"):
         with pytest.raises(ValueError, match="not a list of whole numbers"):
             parse_indices(wrong)
+
+
+def test_help_and_import_wait_for_nothing_heavy():
+    """What is imported, since a time would depend on the machine."""
+    heavy = "('torch', 'torchvision', 'pandas', 'scipy', 'skimage', 'numpy', 'pydantic')"
+    code = f"import sys, gi_lib, gi_lib.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    later = "('torchvision', 'pandas', 'scipy.optimize', 'skimage', 'pydantic', 'matplotlib')"
+    code = "import sys; from gi_lib import observe, evaluate, models, data; from gi_lib.attacks import DLG;"
+    code += f"print([m for m in {later} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp932"])
+def test_a_terminal_that_lacks_a_letter_shows_a_question_mark(encoding):
+    code = "from gi_lib.cli import main; import sys; sys.argv = ['gi', 'list', 'datasets']; main()"
+    environment = {"PYTHONIOENCODING": encoding, "PATH": "", "COLUMNS": "100"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert done.returncode == 0 and b"H?ggstr?m" in done.stdout

@@ -96,7 +96,7 @@ def test_a_client_takes_another_loss():
         (Client(), "FedSGD"),
         (Client(lr=0.3), "FedSGD"),
         (Client(steps=8, lr=0.01), "FedAvg(steps=8, lr=0.01)"),
-        (Client(lr=0.1, optimiser=Adam()), "FedAvg(lr=0.1, optimiser=Adam("),
+        (Client(lr=0.1, optimiser=Adam(eps=0.1)), "FedAvg(lr=0.1, optimiser=Adam(eps=0.1))"),
     ],
 )
 def test_clients_print_as_what_they_are(client, said):

@@ -177,8 +177,14 @@ def test_equal_images():
 @pytest.mark.parametrize("metric", [metrics.align, metrics.mse, metrics.psnr, metrics.ssim, metrics.lpips])
 def test_images_that_cannot_be_compared(metric):
     good, truth = pair()
-    with pytest.raises(ValueError, match=r"of one shape, got \[2, 3, 32, 32\] against \[3, 3, 32, 32\]"):
-        metric(good[:2], truth)
+    if metric is metrics.align:
+        assert (metric(good[:2], truth) >= 0).sum() == 2 and len(metric(good, truth[:2])) == 2
+        assert metric(good[:0], truth).tolist() == [-1, -1, -1]
+    else:
+        with pytest.raises(ValueError, match=r"of one shape, got \[2, 3, 32, 32\] against \[3, 3, 32, 32\]"):
+            metric(good[:2], truth)
+    with pytest.raises(ValueError, match=r"of one s(ize|hape), got \[3, 3, 32, 31\] against \[3, 3, 32, 32\]"):
+        metric(good[..., 1:], truth)
     with pytest.raises(ValueError, match=r"images must be \[B, C, H, W\]"):
         metric(good[0], truth[0])
     with pytest.raises(ValueError, match=r"images must be \[B, C, H, W\]"):
@@ -227,9 +233,9 @@ def test_label_accuracy_compares_multisets(predicted, truth, share):
     assert metrics.label_accuracy(torch.tensor(predicted), torch.tensor(truth)) == share
 
 
-@pytest.mark.parametrize("predicted", [torch.tensor([1, 2]), torch.zeros(3, 10), torch.zeros(3)])
+@pytest.mark.parametrize("predicted", [[1, 2, 3], torch.zeros(3, 10), torch.zeros(3)], ids=str)
 def test_label_accuracy_of_what_are_no_labels(predicted):
-    with pytest.raises(ValueError, match="labels must be two lists of B whole numbers"):
+    with pytest.raises(ValueError, match=r"labels must be a list of whole numbers \[N\]"):
         metrics.label_accuracy(predicted, torch.tensor([1, 2, 3]))
 
 
@@ -243,36 +249,88 @@ def test_evaluate_gives_every_metric_the_same_pairs(random_root):
     scores = metrics.evaluate(
         reconstruction(noisy[order], torch.tensor([7, 6, 1, 7])), batch(truth, labels), root=random_root
     )
-    assert torch.equal(order[scores.permutation], torch.arange(4))
+    assert torch.equal(order[scores.matched], torch.arange(4))
+    assert torch.equal(scores.floor, metrics.floor(truth)) and scores.returned == 4
     for name in ("mse", "psnr", "ssim"):
         assert torch.equal(getattr(scores, name), getattr(metrics, name)(noisy, truth))
     assert torch.equal(scores.lpips, metrics.lpips(noisy, truth, root=random_root))
     assert scores.label_accuracy == 3 / 4
-    assert "4 images" in str(scores)
+    assert "mean over 4 of 4 images; recovered" in str(scores)
 
 
-def test_evaluate_clips_once_and_changes_nothing(random_root):
+def test_evaluate_clips_rounding_once_and_changes_nothing(random_root):
     noisy, truth = pair()
-    wild = 3 * noisy - 1
+    wild = noisy * (1 + 2e-6) - 1e-6
     before = wild.clone()
     scores = metrics.evaluate(reconstruction(wild), batch(truth), root=random_root)
     clipped = metrics.evaluate(reconstruction(wild.clamp(0, 1)), batch(truth), root=random_root)
-    assert torch.equal(wild, before)
-    for name in ("mse", "psnr", "ssim", "lpips", "permutation"):
+    assert torch.equal(wild, before) and wild.min() < 0
+    for name in ("mse", "psnr", "ssim", "lpips", "matched"):
         assert torch.equal(getattr(scores, name), getattr(clipped, name))
 
 
-def test_evaluate_of_an_attack_that_diverged():
-    noisy, truth = pair()
-    noisy[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="if the attack diverged, lower its learning rate"):
-        metrics.evaluate(reconstruction(noisy), batch(truth))
+def test_a_reconstruction_outside_the_range_or_that_diverged_is_refused():
+    noisy, _ = pair()
+    for wild, message in (
+        (noisy + 1, r"images in \[0, 1\], got 1 to 2; clamp them"),
+        (noisy * torch.nan, "NaN or infinite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reconstruction(wild)
 
 
-def test_evaluate_of_too_few_images():
+def test_fewer_images_than_there_are_leave_the_rest_missed(random_root):
+    """No decibels for it, but the recall counts it."""
+    _, truth = pair(b=4)
+    rec = replace(reconstruction(truth[[2, 0]]), labels=None)
+    scores = metrics.evaluate(rec, batch(truth), root=random_root)
+    assert scores.matched.tolist() == [1, -1, 0, -1]
+    for values in (scores.psnr, scores.ssim, scores.lpips, scores.mse):
+        assert values.isnan().tolist() == [False, True, False, True]
+    assert scores.psnr[0] == metrics.PSNR_CAP and scores.recovered.tolist() == [True, False, True, False]
+    assert (scores.recall, scores.precision, scores.label_accuracy, scores.returned) == (0.5, 1.0, None, 2)
+    assert "labels unknown (mean over 2 of 4 images; recovered 2, returned 2)" in str(scores)
+
+
+def test_more_images_than_there_are_lower_the_precision(random_root):
+    noisy, truth = pair(b=4)
+    scores = metrics.evaluate(reconstruction(torch.cat([noisy, truth])), batch(truth[:3]), root=random_root)
+    assert scores.matched.tolist() == [4, 5, 6] and scores.returned == 8
+    assert (scores.recall, scores.precision) == (1.0, 3 / 8)
+
+
+def test_nothing_returned_is_all_missed(random_root):
+    _, truth = pair()
+    none = replace(reconstruction(truth), images=truth[:0], labels=None)
+    scores = metrics.evaluate(none, batch(truth), root=random_root)
+    assert scores.psnr.isnan().all() and (scores.recall, scores.precision, scores.returned) == (0.0, None, 0)
+    assert "PSNR missing dB" in str(scores)
+
+
+@pytest.mark.parametrize(("shape", "missing"), [((2, 8, 8), "lpips"), ((3, 2, 8), "ssim"), ((5, 1, 1), "ssim")])
+def test_a_metric_that_does_not_apply_is_none_and_the_others_are_there(random_root, shape, missing):
+    noisy, truth = pair(2, *shape)
+    scores = metrics.evaluate(reconstruction(noisy), batch(truth), root=random_root)
+    assert getattr(scores, missing) is None and scores.psnr.isfinite().all()
+    assert (scores.ssim is None) == (min(shape[1:]) < 3) and (scores.lpips is None) == (shape[0] not in (1, 3))
+
+
+def test_the_floor_is_the_mean_colour_and_recovered_is_half_its_error():
+    _, truth = pair()
+    mean = truth.mean((2, 3), keepdim=True).expand_as(truth)
+    torch.testing.assert_close(metrics.floor(truth), metrics.psnr(mean, truth))
+    for share, recovered in ((0.49, True), (0.51, False)):
+        near = truth + share * (mean - truth)
+        assert metrics.evaluate(reconstruction(near), batch(truth), download=False).recovered.all() == recovered
+    mixture = (truth + truth.roll(1, 0)) / 2
+    assert not metrics.evaluate(reconstruction(mixture), batch(truth), download=False).recovered.any()
+
+
+def test_candidates_of_another_shape_are_refused():
     noisy, truth = pair()
-    with pytest.raises(ValueError, match="the attack must return as many images"):
-        metrics.evaluate(replace(reconstruction(noisy), images=noisy[:1]), batch(truth))
+    for candidates in (truth[..., 1:], truth[0], truth[:0], truth[:, :1]):
+        with pytest.raises(ValueError, match="candidates must be images .* as large as those of the truth"):
+            metrics.identified(noisy, truth, candidates)
 
 
 # LPIPS

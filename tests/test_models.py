@@ -51,10 +51,10 @@ def test_an_attack_lowers_its_loss_and_stacked_rows_equal_separate_ones(name, rn
     obs = observe(model, Batch(torch.rand(1, 3, 16, 16, generator=rng), torch.tensor([4])), rng=rng)
     rec = InvertingGradients(steps=12)(obs, rng)
     assert rec.trace[-1] < rec.trace[0] and rec.labels.tolist() == [4]
-    x, y = torch.rand(2, 1, 3, 16, 16, generator=rng).double(), torch.tensor([[1], [2]])
-    for key, stacked in obs.simulate_rows(x, y).items():
+    x, y = torch.rand(2, 1, 3, 16, 16, generator=rng).double(), torch.tensor([1])
+    for key, stacked in torch.func.vmap(lambda x: obs.simulate(x, y))(x).items():
         for r in range(2):
-            torch.testing.assert_close(stacked[r], obs.simulate(x[r], y[r])[key], rtol=1e-7, atol=1e-10)
+            torch.testing.assert_close(stacked[r], obs.simulate(x[r], y)[key], rtol=1e-7, atol=1e-10)
 
 
 def test_cnn6_has_r_gaps_layers():

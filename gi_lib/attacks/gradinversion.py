@@ -26,7 +26,6 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from gi_lib import labels
@@ -69,6 +68,8 @@ def _same_slots(x: Seeds, y: Tensor) -> Seeds:
     """Images of one label, in the order in which they are nearest to the first seed."""
     if len(y.unique()) == len(y):
         return x
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     flat, other = x.flatten(2), (y[:, None] != y).to(x) * 1e9
     found = []
     for images, one in zip(x, flat, strict=True):

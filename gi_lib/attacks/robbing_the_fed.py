@@ -1,21 +1,23 @@
-"""Robbing the Fed (Fowl, Geiping, Czaja, Goldblum, Goldstein, ICLR 2022, arXiv:2110.13057).
+"""Robbing the Fed (Fowl, Geiping, Czaja, Goldblum, Goldstein, ICLR 2022, 2110.13057).
 
-A malicious server puts an imprint in front of its model, k neurons that all measure the same h . x:
+A malicious server puts an imprint in front of its model, k neurons that all measure
+the same h . x:
 
-    z_j = relu(h . x - q_j),   j = 0, ..., k - 1,        x' = x + mean_j z_j
+    a_j = relu(h . x - q_j),   j = 0, ..., k - 1,        x <- x + mean_j a_j
 
-q_j is the j/k quantile of h . x on data of the server's own, and q_0 lies below everything. Neuron j is lit by the
-images with h . x > q_j, and all neurons have the same gradient dL/dz_j, so that neighbours differ by the images of one
-bin alone:
+q_j is the j/k quantile of h . x on data of the server's own, and q_0 lies below
+everything. Neuron j is lit by the images with h . x > q_j, and all neurons have the
+same gradient dL/da_j, so that neighbours differ by the images of one bin alone:
 
-    x = (dL/dW_j - dL/dW_(j+1)) / (dL/db_j - dL/db_(j+1))      for a bin q_j <= h . x < q_(j+1) with one image,
+    x = (dL/dW_j - dL/dW_(j+1)) / (dL/db_j - dL/db_(j+1))
 
-and a mixture for a bin with more; the last row has no neighbour and stays as it is. h is the mean of the pixels. Of B
-images in bins of equal mass a share (1 - 1/k)^(B - 1) is alone in its bin, in expectation.
+for a bin q_j <= h . x < q_(j+1) with one image, and a mixture for a bin with more; the
+last row has no neighbour and stays as it is. h is the mean of the pixels. Of B images
+in bins of equal mass a share (1 - 1/k)^(B - 1) is alone in its bin, in expectation.
 
-Departs from the paper: a bin counts as empty where the difference of the bias gradients is within the rounding of
-their sum; the public readouts take row j - 1 from row j and keep row 0, which is the sum of all images. Labels
-are not sought.
+Departs from the paper: a bin counts as empty where the difference of the bias gradients
+is within the rounding of their sum; the public readouts take row j - 1 from row j and
+keep row 0, which is the sum of all images. Labels are not sought.
 """
 
 import math
@@ -26,7 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from gi_lib.models import with_front
-from gi_lib.types import Auxiliary, Classifier, Needs, Observation, Reconstruction, whole
+from gi_lib.types import (
+    Auxiliary,
+    Classifier,
+    Needs,
+    Observation,
+    Reconstruction,
+    whole,
+)
 
 BELOW = 10.0
 """How far the first bias lies below the smallest measurement."""
@@ -43,8 +52,8 @@ class Imprint(nn.Module):
             self.measure.bias.copy_(-quantiles)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.measure(x.flatten(1)).relu()
-        return x + z.mean(1).view(-1, 1, 1, 1)
+        a = self.measure(x.flatten(1)).relu()
+        return x + a.mean(1).view(-1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -66,16 +75,23 @@ class RobbingTheFed:
         auxiliary: Auxiliary | None,
         rng: torch.Generator,
     ) -> tuple[Classifier, str]:
-        """The model with the imprint in front of it, and the name of the layer that measures."""
+        """The model behind an imprint, and the name of the layer that measures."""
         if auxiliary is None:
-            raise ValueError("the imprint's bins are quantiles of images of the server's own; give it auxiliary data")
+            raise ValueError(
+                "the imprint's bins are quantiles of images of the server's own;"
+                " give it auxiliary data"
+            )
         images, _ = auxiliary.draw(self.surrogates, rng)
         p = next(model.parameters())
         seen = (images.to(p.device, p.dtype) - model.mean) / model.std
         brightness = seen.flatten(1).mean(1).double().cpu()
-        q = brightness.quantile(torch.arange(self.bins, dtype=torch.float64) / self.bins)
+        q = brightness.quantile(
+            torch.arange(self.bins, dtype=torch.float64) / self.bins
+        )
         q[0] = brightness.min() - BELOW
-        imprint = Imprint(q.to(p.device, p.dtype), seen[0].numel()).to(p.device, p.dtype)
+        imprint = Imprint(q.to(p.device, p.dtype), seen[0].numel()).to(
+            p.device, p.dtype
+        )
         return with_front(model, imprint), "net.front.measure"
 
     def at_most(self, obs: Observation) -> int:
@@ -91,4 +107,9 @@ class RobbingTheFed:
         x = (dW[lit] / db[lit].unsqueeze(1)).reshape(-1, *obs.image_shape)
         most = db[lit].abs().argsort(descending=True)[: self.at_most(obs)]
         images = (obs.model.mean + obs.model.std * x[most]).clamp(0, 1)
-        return Reconstruction(images=images, labels=None, loss=math.nan, notes={"lit_bins": int(lit.sum())})
+        return Reconstruction(
+            images=images,
+            labels=None,
+            loss=math.nan,
+            notes={"lit_bins": int(lit.sum())},
+        )

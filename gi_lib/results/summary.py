@@ -65,29 +65,37 @@ _SUMMARY = (
 
 def _summary(cases: pd.DataFrame) -> dict[str, float]:
     done = cases[cases["status"] == "ok"]
-    scores = {name: _images(done[name]) for name in ("psnr", "floor", "ssim", "lpips", "identified")}
-    images, hit = len(scores["psnr"]), ~np.isnan(scores["psnr"])
-    low, high = bootstrap(scores["psnr"][hit])
-    above = scores["psnr"] - scores.pop("floor")
-    means = {name: _mean(values[hit]) for name, values in scores.items() if name != "identified"}
+    psnr = _images(done["psnr"])
+    low, high = bootstrap(psnr[~np.isnan(psnr)])
     medians = {name: done[name].astype(float).median() for name in ("seconds", "steps", "training_steps")}
     once = {name: done[name].astype(float).mean() for name in ("chance", "recall", "image_precision", "label_accuracy")}
     return {
         "ok": len(done),
         "n": int((cases["status"] != "not applicable").sum()),
-        "images": images,
+        "images": len(psnr),
         "psnr_low": low,
         "psnr_high": high,
-        "above": _mean(above[hit]),
-        "identified": _mean(scores["identified"]),
-        **means,
+        "above": _mean(np.concatenate([[], *map(_above, done["psnr"], done["floor"])])),
+        **{name: _mean_of(done[name]) for name in ("psnr", "ssim", "lpips", "identified")},
         **once,
         **medians,
     }
 
 
+def _above(psnr: object, floor: object) -> np.ndarray:
+    if not isinstance(psnr, list) or not isinstance(floor, list):
+        return np.array([np.nan])
+    return np.array(psnr, dtype=float) - np.array(floor)
+
+
+def _mean_of(lists: pd.Series) -> float:
+    """Over the images that were not missed; NaN where a whole case has no values."""
+    return _mean(_images(lists)) if all(isinstance(values, list) for values in lists) else float("nan")
+
+
 def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else float("nan")
+    found = values[~np.isnan(values)]
+    return float(found.mean()) if len(found) else float("nan")
 
 
 def first_identified(record: dict) -> dict[str, float] | None:
