@@ -34,6 +34,11 @@ export OMP_NUM_THREADS ?= 1
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 
+# Tests that need real data run where it lies beside the checkout, or where GI_DATA says.
+ifneq ($(wildcard ../shared/data/SHA256SUMS),)
+test: export GI_DATA ?= $(abspath ../shared/data)
+endif
+
 # What a reader's notebook shows as a bar would stay in a page as text.
 book test: export TQDM_DISABLE = 1
 

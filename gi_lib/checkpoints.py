@@ -29,7 +29,7 @@ def save(name: str, tensors: Tensors, folder: Path = FOLDER) -> str:
     Raises:
         ValueError: the name has more than letters, digits, "_" and "-".
     """
-    if not re.fullmatch(r"[\w-]+", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"a checkpoint's name is made of letters, digits, _ and -, got {name!r}")
     content = safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     reference = f"{name}@{_digest(content)}"
@@ -60,7 +60,7 @@ def load(reference: str, folder: Path = FOLDER) -> Tensors:
 
 def check_reference(reference: str) -> str:
     """The reference, if it has the form name@hash; else ValueError."""
-    if not re.fullmatch(rf"[\w-]+@[0-9a-f]{{{_DIGITS}}}", reference):
+    if not isinstance(reference, str) or not re.fullmatch(rf"[\w-]+@[0-9a-f]{{{_DIGITS}}}", reference):
         raise ValueError(f"{reference!r} names no checkpoint; write name@hash, with {_DIGITS} hexadecimal digits")
     return reference
 

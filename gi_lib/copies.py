@@ -233,11 +233,29 @@ def _prove(mine: Classifier, reference: Classifier, image_shape: tuple[int, int,
         _differentiate_twice(mine, theta, images)
 
 
+def number_of_logits(model: Classifier, image_shape: tuple[int, int, int]) -> int:
+    """What a model gives whose number of classes is not known."""
+    p = next(model.parameters())
+    images = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)
+    with torch.no_grad():
+        return _output(model, images).shape[1]
+
+
 def _logits(model: Classifier, images: Tensor) -> Tensor:
+    out = _output(model, images)
+    if out.shape[1] != model.num_classes:
+        raise ValueError(
+            f"the model gives {out.shape[1]} logits, and it was wrapped with num_classes={model.num_classes};"
+            f" wrap it with num_classes={max(2, out.shape[1])}"
+        )
+    return out
+
+
+def _output(model: Classifier, images: Tensor) -> Tensor:
     try:
         out = model(images)
-    except ValueError:
-        raise
+    except ValueError as error:
+        raise ValueError(str(error)) from error
     except (RuntimeError, TypeError, AttributeError, IndexError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -249,11 +267,6 @@ def _logits(model: Classifier, images: Tensor) -> Tensor:
         raise ValueError(
             f"the model must return logits [{len(images)}, {model.num_classes}], got {said}; return the logits alone,"
             " or an object with the attribute `logits`"
-        )
-    if out.shape[1] != model.num_classes:
-        raise ValueError(
-            f"the model gives {out.shape[1]} logits, and it was wrapped with num_classes={model.num_classes};"
-            f" wrap it with num_classes={max(2, out.shape[1])}"
         )
     return out
 

@@ -29,6 +29,7 @@ from gi_lib.copies import (
     in_functorch,
     inputs_of_batch_norms,
     masks,
+    number_of_logits,
     unwrapped,
 )
 from gi_lib.execution import second_derivatives
@@ -46,6 +47,7 @@ from gi_lib.types import (
     Rule,
     Sent,
     Statistics,
+    check_shape,
     differing,
     real,
     whole,
@@ -590,6 +592,11 @@ def receive(
     Raises:
         ValueError: the model can't be attacked, or the update does not fit it; the sentence says why.
     """
+    image_shape = check_shape(image_shape)
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"receive needs batch_size, a whole number >= 1, or None, got {batch_size!r:.60}")
+    if labels is not None and not (isinstance(labels, Tensor) and labels.ndim == 1 and labels.dtype == torch.int64):
+        raise ValueError("receive needs labels as a tensor of int64 [B], or None")
     if not isinstance(unwrapped(model), Classifier):
         model = _wrapped(model, image_shape, num_classes, mean, std)
     size = batch_size if labels is None else len(labels)
@@ -610,7 +617,7 @@ def receive(
         image_shape=image_shape,
         batch_size=size,
         num_classes=copy.num_classes,
-        labels=None if labels is None else torch.as_tensor(labels).long().sort().values.to(device),
+        labels=None if labels is None else labels.sort().values.to(device),
         bn_stats=bn_stats,
         buffers=buffers or None,
         defense=defense,
@@ -633,12 +640,7 @@ def _wrapped(
 ) -> Classifier:
     if num_classes is None:
         wrapped = functional_copy(wrap(model, mean=mean, std=std, num_classes=2))
-        p = next(wrapped.parameters())
-        with torch.no_grad():
-            out = wrapped(torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype))
-        if not isinstance(out, Tensor) or out.ndim != 2:
-            raise ValueError("the model does not return logits [B, K]; wrap it, with num_classes")
-        num_classes = out.shape[1]
+        num_classes = number_of_logits(wrapped, image_shape)
     return wrap(model, mean=mean, std=std, num_classes=num_classes)
 
 

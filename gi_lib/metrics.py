@@ -136,10 +136,16 @@ def identified(reconstructed: Tensor, truth: Tensor, candidates: Tensor) -> Foun
     compare features of a network in place of pixels.
     """
     reconstructed, truth = _pair(reconstructed, truth)
-    if candidates.ndim != 4 or candidates.shape[1:] != truth.shape[1:] or len(candidates) == 0:
+    if (
+        not isinstance(candidates, Tensor)
+        or candidates.is_complex()
+        or candidates.ndim != 4
+        or candidates.shape[1:] != truth.shape[1:]
+        or len(candidates) == 0
+    ):
         raise ValueError(
             f"candidates must be images [N, {', '.join(map(str, truth.shape[1:]))}], as large as those of the truth,"
-            f" got {list(candidates.shape)}; load them at the same size"
+            f" got {list(getattr(candidates, 'shape', ()))}; load them at the same size"
         )
     own, others = mse(reconstructed, truth), candidates.detach().cpu().double().flatten(1)
     nearest = torch.cdist(reconstructed.flatten(1), others, compute_mode="donot_use_mm_for_euclid_dist").amin(1)

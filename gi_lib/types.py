@@ -73,6 +73,21 @@ def real(owner: object, *names: str, least: float = 0.0, above: float | None = N
             raise ValueError(f"{type(owner).__name__} needs {name}, a finite number {bound}, got {value!r}")
 
 
+def function(owner: object, *names: str) -> None:
+    """ValueError unless these attributes of `owner` can be called."""
+    for name in names:
+        if not callable(getattr(owner, name)):
+            raise ValueError(f"{type(owner).__name__} needs {name}, a function, got {getattr(owner, name)!r:.60}")
+
+
+def check_shape(shape: object) -> tuple[int, int, int]:
+    """(C, H, W), if it is three whole numbers >= 1; else ValueError."""
+    sides = list(shape) if isinstance(shape, tuple | list) else []
+    if len(sides) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sides):
+        raise ValueError(f"image_shape must be (C, H, W), three whole numbers >= 1, got {shape!r:.80}")
+    return sides[0], sides[1], sides[2]
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """What is private to the client.
@@ -347,12 +362,30 @@ class Observation:
 
         Raises:
             WithheldError: the training details are withheld.
+            ValueError: the images or labels are not of this kind.
             RuntimeError: the client's code returns a result that can't be differentiated.
         """
         if self.client is None:
             what, grants = _FACTS["client"]
             raise WithheldError(f"simulate needs {what}; observe with ThreatModel({grants})")
-        return self.client(self.model, images, labels, theta=theta or self._own, order=self.order)
+        self._check_guess(images, labels)
+        try:
+            return self.client(self.model, images, labels, theta=theta or self._own, order=self.order)
+        except IndexError as error:  # the labels' values are not looked at: on a GPU that would wait for it
+            raise ValueError(f"labels must be classes from 0 to {self.num_classes - 1} ({error})") from error
+
+    def _check_guess(self, images: Tensor, labels: Tensor) -> None:
+        shape = (len(images), *self.image_shape) if isinstance(images, Tensor) and images.ndim else None
+        if shape is None or images.shape != shape or images.dtype != self.dtype or not len(images):
+            said = f"a tensor [B, {', '.join(map(str, self.image_shape))}] of {self.dtype}"
+            raise ValueError(f"simulate takes images as {said}, got {_said(images)}")
+        hard = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == shape[:1]
+        soft = isinstance(labels, Tensor) and labels.is_floating_point()
+        if not (hard or (soft and labels.shape == (shape[0], self.num_classes))):
+            raise ValueError(
+                f"simulate takes labels as int64 [{shape[0]}] or soft as float [{shape[0]}, {self.num_classes}],"
+                f" got {_said(labels)}"
+            )
 
     @functools.cached_property
     def _own(self) -> Parameters:

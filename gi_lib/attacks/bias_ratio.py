@@ -21,7 +21,13 @@ import torch
 from gi_lib import labels
 from gi_lib.models.layers import pixel_layer
 from gi_lib.search import certified
-from gi_lib.types import Needs, NotApplicableError, Observation, Reconstruction
+from gi_lib.types import (
+    Needs,
+    NotApplicableError,
+    Observation,
+    Reconstruction,
+    function,
+)
 
 
 def dense_on_pixels(obs: Observation) -> str | None:
@@ -40,6 +46,9 @@ class BiasRatio:
     revision: ClassVar[int] = 1
 
     label_rule: labels.LabelRule = labels.infer
+
+    def __post_init__(self):
+        function(self, "label_rule")
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)

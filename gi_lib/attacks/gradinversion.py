@@ -35,7 +35,15 @@ from gi_lib.optimise import adam, cosine_decay
 from gi_lib.parametrisations import Pixels
 from gi_lib.priors import statistics_distance, total_variation
 from gi_lib.search import gaussian, generators, search
-from gi_lib.types import Needs, Observation, Reconstruction, displayed, real, whole
+from gi_lib.types import (
+    Needs,
+    Observation,
+    Reconstruction,
+    displayed,
+    function,
+    real,
+    whole,
+)
 
 Seeds = Float[Tensor, "S B C H W"]
 
@@ -106,6 +114,7 @@ class GradInversion:
         whole(self, "steps", "renew", "restarts")
         whole(self, "warm_up", "frames", least=0)
         real(self, "lr", above=0)
+        function(self, "label_rule")
         real(self, "gradient", "tv", "l2", "bn", "group", "group_start", "noise")
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:

@@ -1,15 +1,19 @@
-"""Inverting Gradients (Geiping, Bauermeister, Droege, Moeller, NeurIPS 2020, arXiv:2003.14053).
+"""Inverting Gradients (Geiping, Bauermeister, Droege, Moeller, NeurIPS 2020).
+
+arXiv:2003.14053.
 
     x* = argmin over x in [0, 1]^n of  1 - <g(x), g*> / (|g(x)| |g*|) + alpha TV(x)
 
-by Adam on the sign of the gradient, the step cut by ten after 3/8, 5/8 and 7/8 of the steps. The
-optimiser moves z = (x - mean) / std, the image as the model sees it: there it starts from N(0, 1),
-there TV is taken, and there the box is clamped after each step, all as in the public code.
+by Adam on the sign of the gradient, the step cut by ten after 3/8, 5/8 and 7/8 of the
+steps. The optimiser moves z = (x - mean) / std, the image as the model sees it: there
+it starts from N(0, 1), there TV is taken, and there the box is clamped after each step,
+all as in the public code.
 
-Labels are known, or inferred: by the sign rule for one image, by column_min for a batch.
-Departs from the paper: restarts are stacked instead of run one after another; the public code seeks soft labels
-where those of a batch are unknown. The default of 4,800 steps is that of the public script for the baselines; up to
-24,000 are quoted second hand.
+Labels are known, or inferred: by the sign rule for one image, by column_min for more.
+Departs from the paper: restarts are stacked instead of run one after another; the
+public code seeks soft labels where those of a batch are unknown. The default of 4,800
+steps is that of the public script for the baselines; up to 24,000 are quoted second
+hand.
 """
 
 from dataclasses import dataclass
@@ -23,7 +27,15 @@ from gi_lib.optimise import adam
 from gi_lib.parametrisations import Pixels
 from gi_lib.priors import total_variation
 from gi_lib.search import gaussian, search
-from gi_lib.types import Needs, Observation, Reconstruction, displayed, real, whole
+from gi_lib.types import (
+    Needs,
+    Observation,
+    Reconstruction,
+    displayed,
+    function,
+    real,
+    whole,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class InvertingGradients:
         whole(self, "steps", "restarts")
         whole(self, "frames", least=0)
         real(self, "lr", above=0)
+        function(self, "distance", "label_rule")
         real(self, "tv")
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:

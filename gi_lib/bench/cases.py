@@ -78,11 +78,20 @@ class Case:
             (self.auxiliary or self.dataset, data.DATASETS, "dataset"),
             (self.profile, PROFILES, "profile"),
         ):
-            if name not in known:
+            if not isinstance(name, str) or name not in known:
                 raise ValueError(nearest(name, known, kind))
         if self.weights is not None:
             _check_weights(self.weights, self.model)
         whole(self, "seed", least=0)
+        if self.size is not None:
+            whole(self, "size")
+        for name in ("train", "double"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"Case needs {name}, True or False, got {getattr(self, name)!r:.60}")
+        if self.split not in data.SPLITS:
+            raise ValueError(nearest(self.split, data.SPLITS, "split"))
+        if self.defense is not None and not isinstance(self.defense, Defense):
+            raise ValueError(f"a case needs a Defense, or None, got {self.defense!r:.60}")
         whole(self, "clients", "rounds")
         if not isinstance(self.indices, tuple) or not self.indices:
             raise ValueError("a case needs at least one index, in a tuple; an attack on an empty batch has no meaning")
@@ -101,6 +110,8 @@ class Case:
 
 
 def _check_weights(weights: str, model: str) -> None:
+    if not isinstance(weights, str):
+        raise ValueError(f"weights are named by a text, got {weights!r:.60}")
     if "@" in weights:
         checkpoints.check_reference(weights)
         return

@@ -84,7 +84,12 @@ class Dataset:
         return digest.hexdigest()[:12]
 
     def _take(self, indices: Indices) -> tuple[np.ndarray, np.ndarray]:
-        chosen = np.asarray(indices)
+        try:
+            chosen = np.asarray(indices)
+        except ValueError as error:  # lists of unequal lengths
+            raise ValueError(
+                f"indices must be a list of whole numbers, such as [0, 1, 2], got {indices!r:.80}"
+            ) from error
         if chosen.size == 0:
             raise ValueError("no indices were given; a batch needs at least one")
         if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
@@ -176,9 +181,9 @@ def load(
         FileNotFoundError: the data root is no folder.
         DataError: the data is missing or damaged, or its download failed.
     """
-    if name not in DATASETS:
+    if not isinstance(name, str) or name not in DATASETS:
         raise ValueError(nearest(name, DATASETS, "dataset"))
-    if split not in SPLITS:
+    if not isinstance(split, str) or split not in SPLITS:
         raise ValueError(f"no split is called {split!r}; choose 'test' (the default) or 'train'")
     if size is not None:
         size = _checked_size(name, size)

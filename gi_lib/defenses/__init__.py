@@ -1,4 +1,4 @@
-"""One file a family. A defense is a frozen dataclass that overrides the hook where it acts."""
+"""One file a family: frozen dataclasses that override the hook where they act."""
 
 from gi_lib.defenses.base import Defense
 from gi_lib.defenses.dp_sgd import DPSGD, ClippedGradients

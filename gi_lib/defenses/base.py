@@ -1,4 +1,4 @@
-"""What a client can do to its model, its data, its training or its update before it sends anything."""
+"""What a client can do to its model, data, training or update before it sends."""
 
 from dataclasses import dataclass
 
@@ -11,20 +11,27 @@ from gi_lib.types import Gradient, Sent
 
 @dataclass(frozen=True)
 class Defense:
-    """A defense overrides the hook where it acts; every hook is the identity by default."""
+    """A defense overrides the hook where it acts; every hook is the identity."""
 
     def on_model(self, model: nn.Module) -> nn.Module:
-        """Before a round: the model that all clients train, and that the attacker sees. It returns a new one."""
+        """Before a round: the model that all train and the attacker sees; a new one."""
         return model
 
-    def on_batch(self, images: Tensor, labels: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Before the update is computed: images [B, C, H, W] in [0, 1], labels [B] or soft [B, K]."""
+    def on_batch(
+        self, images: Tensor, labels: Tensor, rng: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Before the update is computed.
+
+        images are [B, C, H, W] in [0, 1], labels [B] or soft [B, K].
+        """
         return images, labels
 
     def on_client(self, client: Client) -> Client:
         """Within the update: another rule, rate or schedule."""
         return client
 
-    def on_update(self, gradient: Gradient, sent: Sent, rng: torch.Generator) -> Gradient:
+    def on_update(
+        self, gradient: Gradient, sent: Sent, rng: torch.Generator
+    ) -> Gradient:
         """Before the update is sent; `sent` is what it was computed from."""
         return gradient

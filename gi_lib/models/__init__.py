@@ -17,7 +17,7 @@ from torch import nn
 
 from gi_lib.models import foreign, networks
 from gi_lib.models.networks import Shape, Tokens
-from gi_lib.types import Classifier, nearest
+from gi_lib.types import Classifier, check_shape, nearest
 
 
 def wrap(module: nn.Module, *, mean: object = 0.0, std: object = 1.0, num_classes: int) -> Classifier:
@@ -34,9 +34,7 @@ def wrap(module: nn.Module, *, mean: object = 0.0, std: object = 1.0, num_classe
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"wrap needs a torch.nn.Module, got {type(module).__name__}; make one of it")
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-        hint = "; a model with one logit has two classes" if num_classes == 1 else ""
-        raise ValueError(f"wrap needs num_classes, a whole number >= 2, got {num_classes!r}{hint}")
+    _check_num_classes(num_classes, "wrap")
     try:
         values = [torch.as_tensor(v, dtype=torch.float32) for v in (mean, std)]
     except (TypeError, ValueError, RuntimeError) as error:
@@ -44,6 +42,12 @@ def wrap(module: nn.Module, *, mean: object = 0.0, std: object = 1.0, num_classe
     if not all(v.isfinite().all() and v.numel() for v in values) or values[1].le(0).any():
         raise ValueError(f"wrap needs a finite mean, and a finite std > 0, got {mean!r} and {std!r}")
     return Classifier(module, mean=mean, std=std, num_classes=num_classes)
+
+
+def _check_num_classes(num_classes: object, of: str) -> None:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+        hint = "; a model with one logit has two classes" if num_classes == 1 else ""
+        raise ValueError(f"{of} needs num_classes, a whole number >= 2, got {num_classes!r:.60}{hint}")
 
 
 def with_front(model: Classifier, front: nn.Module) -> Classifier:
@@ -75,6 +79,10 @@ def build(
         ValueError: the name is unknown, or the model can't be built for these images.
     """
     check_name(name)
+    image_shape = check_shape(image_shape)
+    _check_num_classes(num_classes, "build")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"build needs seed, a whole number >= 0, got {seed!r}")
     if ":" in name:
         net, own_mean, own_std = foreign.build(name, num_classes, image_shape, seed)
         given = {"mean": own_mean if mean is None else mean, "std": own_std if std is None else std}
@@ -102,6 +110,8 @@ def build(
 
 def check_name(name: str) -> None:
     """ValueError unless `build` knows the name; one with a colon is looked up when it is built."""
+    if not isinstance(name, str):
+        raise ValueError(f"a model is named by a text such as 'lenet', got {name!r:.60}")
     if ":" in name:
         foreign.check_name(name)
     elif name not in MODELS:

@@ -46,6 +46,8 @@ def summarise(frame: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFr
     import pandas as pd
 
     by = usual_groups(frame) if by is None else by
+    if not by:
+        raise ValueError("name at least one column that makes a group")
     unknown = [name for name in by if name not in frame.columns]
     if unknown:
         raise ValueError(f"records have no column {', '.join(unknown)}; known: {', '.join(frame.columns)}")
