@@ -17,7 +17,7 @@ def speed():
 
 @pytest.mark.parametrize("restarts", [1, 3])
 def test_a_measurement_has_every_column(speed, restarts):
-    speed["measure"].__globals__["SECONDS"] = 0.2
+    speed["measure"].__globals__["SECONDS"] = 1e6  # a busy machine leaves nothing out
     row = speed["measure"](speed["Fixture"]("lenet", 2, pixels=8, restarts=restarts), "cpu")
     assert row["fixture"] == "lenet-b2-8px" and row["iterations"] >= 10
     times = ("iteration_ms", "floor_ms", "ratio", "restarts_per_second", "training_step_ms", "peak_memory_mb")

@@ -398,3 +398,19 @@ def test_explorer_filters_searches_and_sorts_by_its_address(site, origin, tmp_pa
     dom = browse(f"{origin}/book/explorer.html#q={row['key']}+{row['study']}", tmp_path)
     assert [line[-1] for line in shown_by(dom)] == [row["key"]]
     assert "No record fits." in browse(f"{origin}/book/explorer.html#q=no+such+record", tmp_path)
+
+
+# --- continuous integration
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem)
+def test_workflows_are_pinned_and_write_nothing_but_the_pages(path):
+    """By commit, since a tag can be moved; and only the job that publishes may write, which runs no code of ours."""
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["permissions"] == {"contents": "read"} and "schedule" in workflow[True]  # YAML's `on`
+    for name, job in workflow["jobs"].items():
+        uses = [step["uses"] for step in job["steps"] if "uses" in step]
+        assert uses and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", use) for use in uses)
+        writes = [right for right in job.get("permissions", {}).values() if right == "write"]
+        assert bool(writes) == (name == "publish")
+        assert name != "publish" or not any("run" in step for step in job["steps"])

@@ -599,6 +599,8 @@ def test_imagenet_pack_has_no_train_split(tmp_path):
         ("file,class_index\n0.png\n", "can't be read"),
         ("file,class_index\n", "names no images"),
         ("file,class_index\nother.png,1\n", r"names an image that isn't in images: other\.png"),
+        ("file,class_index\n../../secret.png,1\n", "names a file outside the folder images: .*secret"),
+        ("file,class_index\n/etc/passwd,1\n", "names a file outside the folder images: /etc/passwd"),
         ("file,class_index\n0.png,1000\n", "class_index outside 0 to 999: 1000"),
         ("file,class_index\n0.png,-1\n", "class_index outside 0 to 999: -1"),
     ],
@@ -608,6 +610,52 @@ def test_wrong_labels_of_imagenet(tmp_path, text, message):
     (tmp_path / "imagenet" / "labels.csv").write_text(text)
     with pytest.raises(data.DataError, match=message):
         data.load("imagenet", root=tmp_path)
+
+
+def test_an_image_that_would_grow_to_gigabytes_is_refused(tmp_path):
+    """100 bytes of PNG can hold a strip of 100,000 pixels, or claim to."""
+    write_photographs(tmp_path / "imagenet")
+    images = tmp_path / "imagenet" / "images"
+    Image.new("1", (100_000, 1)).save(images / "0.png")
+    Image.new("1", (20_000, 20_000)).save(images / "1.png")
+    assert (images / "0.png").stat().st_size < 200
+    imagenet = data.load("imagenet", root=tmp_path)
+    with pytest.raises(
+        data.DataError, match="is 100000 x 1 pixels, too long a strip for a square of 224; leave it out"
+    ):
+        imagenet.batch([0])
+    with pytest.raises(data.DataError, match=r"1\.png can't be decoded \(Image size .* exceeds limit"):
+        imagenet.batch([1])
+    imagenet.batch([2])
+
+
+def test_a_link_to_an_image_elsewhere_is_followed(tmp_path):
+    write_photographs(tmp_path / "imagenet")
+    path = tmp_path / "imagenet" / "images" / "0.png"
+    path.rename(tmp_path / "elsewhere.png")
+    path.symlink_to(tmp_path / "elsewhere.png")
+    assert len(data.load("imagenet", root=tmp_path).batch([0])) == 1
+
+
+# Data of an attacker's own
+
+
+def test_surrogates_are_drawn_once_each_and_never_what_is_left_out():
+    digits = data.load("digits", split="train")
+    surrogate = data.Surrogate(digits, without=(0, 7))
+    images, labels = surrogate.draw(2000, torch.Generator().manual_seed(0))
+    assert len(images) == len(labels) == len(digits) - 2
+    assert len({image.numpy().tobytes() for image in images}) > 1100  # some digits occur twice in the data
+    left_out = digits.batch([0, 7]).images
+    assert not any((images == image).flatten(1).all(1).any() for image in left_out)
+    few, again, other = (surrogate.draw(5, torch.Generator().manual_seed(s))[0] for s in (1, 1, 2))
+    assert torch.equal(few, again) and not torch.equal(few, other)
+    assert surrogate.hash != data.Surrogate(digits).hash
+    for wrong in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match="draw needs a number of images >= 1"):
+            surrogate.draw(wrong, torch.Generator())
+    with pytest.raises(ValueError, match="nothing of digits train is left to draw"):
+        data.Surrogate(digits, without=tuple(range(1200))).draw(1, torch.Generator())
 
 
 @pytest.mark.parametrize(("split", "folder"), [("test", "val"), ("train", "train")])

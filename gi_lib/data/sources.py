@@ -3,6 +3,7 @@
 import csv
 import errno
 import http.client
+import os
 import tempfile
 import tokenize
 import zipfile
@@ -201,8 +202,8 @@ def _photographs(folder: Path, size: int, names: tuple[str, ...]) -> Found:
             f"{folder / 'labels.csv'} can't be read ({type(error).__name__}: {error}); it needs a header line"
             " with the columns file and class_index, and a row for each image"
         ) from error
-    inside = (folder / "images").resolve()
-    outside = [str(path) for path, _ in rows if not path.resolve().is_relative_to(inside)]
+    inside = os.path.normpath(folder / "images")  # a link inside it may lead anywhere: it is the user's own
+    outside = [str(path) for path, _ in rows if not Path(os.path.normpath(path)).is_relative_to(inside)]
     missing = [path.name for path, _ in rows if not path.is_file()]
     wrong = [label for _, label in rows if not 0 <= label < len(names)]
     problem = None
