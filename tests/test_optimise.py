@@ -149,7 +149,9 @@ def test_a_schedule_is_told_how_far_the_run_is():
 
 def test_the_bar_shows_the_loss(monkeypatch):
     shown = io.StringIO()
-    monkeypatch.setattr(optimise, "bar", lambda steps, **settings: tqdm(steps, file=shown, mininterval=0, **settings))
+    monkeypatch.setattr(
+        optimise, "bar", lambda steps, **more: tqdm(steps, file=shown, mininterval=0, disable=False, **more)
+    )
     monkeypatch.setattr(optimise.time, "monotonic", iter(range(100)).__next__)
     minimise(convex, [START], optimiser=adam(0.1), steps=4)
     assert "loss " in shown.getvalue() and "4/4" in shown.getvalue()
