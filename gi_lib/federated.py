@@ -69,6 +69,7 @@ class LossGradient:
     """
 
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    """The mean over the batch of one scalar an image, as the cross-entropy's."""
     revision = 1
 
     def of(self, loss: Callable[[Tensor, Tensor], Tensor]) -> "LossGradient":

@@ -75,10 +75,10 @@ class Figure:
         return f"Figure({self.alt})"
 
 
-Order = Mapping[str, Sequence]
+Levels = Mapping[str, Sequence]
 """Column -> all its values to be shown, in order, whether they were run or not."""
 
-SURVEY: Order = {
+SURVEY: Levels = {
     "model": ("mlp", "lenet", "cnn6", "convnet", "vgg11", "resnet18", "resnet50", "vit"),
     "dataset": ("mnist", "cifar10", "cifar100", "imagenet"),
 }
@@ -197,7 +197,7 @@ def heatmap(
     frame: pd.DataFrame,
     rows: str = "model",
     columns: str = "dataset",
-    order: Order | None = None,
+    order: Levels | None = None,
     limits: tuple[float, float] = (5, 40),
     value: str = "psnr",
 ) -> Figure:
@@ -291,7 +291,7 @@ def curves(frame: pd.DataFrame, x: str, y: str, by: Sequence[str], labels: tuple
 def table(
     frame: pd.DataFrame,
     by: Sequence[str] = ("attack", "model", "weights", "dataset"),
-    order: Order | None = None,
+    order: Levels | None = None,
 ) -> Html:
     """The summary of records, one row a group, for a page.
 
@@ -352,7 +352,7 @@ def picture_grid(
     folder: Path,
     rows: str = "model",
     columns: str = "dataset",
-    order: Order | None = None,
+    order: Levels | None = None,
 ) -> Html:
     """For each pair of a row and a column the image of median PSNR: private, then reconstructed.
 

@@ -29,7 +29,7 @@ from gi_lib.bench.measure import (
     measure,
     network,
 )
-from gi_lib.bench.plan import plan
+from gi_lib.bench.plan import Cell, plan
 from gi_lib.bench.workers import Pool, cluster, pool
 from gi_lib.results import Record
 
@@ -40,6 +40,8 @@ __all__ = [
     "SERVER_STREAM",
     "AttackError",
     "Case",
+    "Cell",
+    "Pool",
     "attempt",
     "cluster",
     "key",

@@ -86,8 +86,8 @@ def pixel_layer(model: Classifier, image_shape: Shape) -> tuple[str, str, Tensor
     """The first dense layer, which must see every pixel once, and their arrangement.
 
     Returns:
-        The names of its weight and its bias, and [C H W] int64: pixel i of the image as the model normalises it is
-        input arrangement[i].
+        The names of its weight and its bias, and the arrangement [C H W] int64, where pixel i of the image as the model
+        normalises it is input arrangement[i].
 
     Raises:
         NotApplicableError: the model begins otherwise.

@@ -126,9 +126,9 @@ def plateau(frame: pd.DataFrame) -> pd.DataFrame:
         frame: from `read`.
 
     Returns:
-        One row for each cell and budget: what makes the cell, setting (the attack without its steps), steps, below (the
-        steps of the smaller budget, NaN where there is none of 1/5 to 1/2), images, decibels (the difference of mean
-        PSNR), identified (the difference of counts), plateau (True, False, or None where nothing was compared).
+        One row for each cell and budget, with what makes the cell, setting (the attack without its steps), steps, below
+        (the steps of the smaller budget, NaN where there is none of 1/5 to 1/2), images, decibels (the difference of
+        mean PSNR), identified (the difference of counts), plateau (True, False, or None where nothing was compared).
     """
     import pandas as pd
 
