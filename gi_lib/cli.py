@@ -309,7 +309,7 @@ def run(
 ) -> None:
     """Run what is missing of a study; failed cases are tried again.
 
-    The file is executed as Python: run only studies that you trust. A case runs in a process of its own kind: one
+    The file is executed as Python: run only studies that you trust. Each case runs in a worker process: one
     that runs out of memory, aborts or takes too long fails alone. Ctrl-C stops it: what is done is kept, and the same
     command goes on.
 

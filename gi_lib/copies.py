@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gi_lib.execution import second_derivatives
+from gi_lib.execution import in_functorch, second_derivatives
 from gi_lib.types import Classifier, Gradient, Parameters, Statistics
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -389,11 +389,6 @@ def ties(model: nn.Module) -> dict[str, str]:
             if names[id(p)] != full:
                 found[full] = names[id(p)]
     return found
-
-
-def in_functorch() -> bool:
-    """Whether a transform of torch.func is at work, under which parameters are not the model's own."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:

@@ -43,6 +43,11 @@ def lift(loss: OneGuess) -> Callable[..., Rows]:
     return lambda *rows: stacked(*rows) if len(rows[0]) > 1 else loss(*(v[0] for v in rows)).unsqueeze(0)
 
 
+def in_functorch() -> bool:
+    """Whether a transform of torch.func is at work, under which parameters are not the model's own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class Evaluator:
     """Losses of rows and the gradients of those, `at_once` rows in one call of the lifted loss.
 

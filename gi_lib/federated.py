@@ -26,13 +26,12 @@ from gi_lib.copies import (
     bn_statistics,
     forward,
     functional_copy,
-    in_functorch,
     inputs_of_batch_norms,
     masks,
     number_of_logits,
     unwrapped,
 )
-from gi_lib.execution import second_derivatives
+from gi_lib.execution import in_functorch, second_derivatives
 from gi_lib.labels import loss_scale
 from gi_lib.models import wrap
 from gi_lib.types import (
@@ -233,7 +232,7 @@ class Client:
         state: list[Gradient] = []
         noisy = {"rng": rng} if rng is not None and _takes(self.rule, "rng") else {}
         whole_batch = order is None and (self.local_batch or len(images)) >= len(images)
-        parts = self.schedule(len(images)) if order is None else order
+        parts = () if whole_batch else order or self.schedule(len(images))
         total: Gradient | None = None
         with torch.enable_grad(), second_derivatives(), _drawing(model, rng):
             for t in range(self.steps):

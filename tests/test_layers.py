@@ -12,7 +12,8 @@ GROUND = {"types", "provenance", "progress"}  # they import nothing of the packa
 TOOLS = {"execution", "copies", "matching", "priors", "parametrisations", "checkpoints", "models", "data"}
 ABOVE = {  # module -> the modules of gi_lib that it may import
     **dict.fromkeys(GROUND, set()),
-    **dict.fromkeys(("execution", "matching", "parametrisations"), {"types"}),
+    **dict.fromkeys(("execution", "parametrisations"), {"types"}),
+    "matching": {"types", "execution"},
     "checkpoints": set(),
     "copies": {"types", "execution"},
     "priors": {"types", "copies", "matching"},
