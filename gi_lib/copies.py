@@ -18,6 +18,7 @@ from torch.func import functional_call
 from gi_lib.execution import in_functorch, second_derivatives
 from gi_lib.types import Classifier, Gradient, Parameters, Statistics
 
+_Norm = nn.modules.batchnorm._BatchNorm
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _WRAPPERS = {  # class -> the attribute that holds what it wraps; by name, since some are not installed everywhere
     "OptimizedModule": "_orig_mod",
@@ -25,11 +26,20 @@ _WRAPPERS = {  # class -> the attribute that holds what it wraps; by name, since
     "DistributedDataParallel": "module",
     "GradSampleModule": "_module",
 }
-_MASKS = ("Dropout", "AlphaDropout", "FeatureAlphaDropout", "RReLU", "StochasticDepth", "DropPath", "DropBlock")
+_MASKS = {  # class, without its number of axes -> where it holds the share that it drops
+    **dict.fromkeys(("Dropout", "AlphaDropout", "FeatureAlphaDropout", "StochasticDepth"), ("p",)),
+    **dict.fromkeys(("DropPath", "DropBlock"), ("drop_prob", "p")),
+    "RReLU": ("upper",),
+    "MultiheadAttention": ("dropout",),
+}
 
 
 _SEEN: ContextVar[list[tuple["BatchNorm", Tensor]] | None] = ContextVar("seen", default=None)
 """Where the batch norms of this thread write down what they are given; None where nobody asks."""
+
+
+_DRAWN = threading.Lock()
+"""A model that draws does so from the one global generator: one thread at a time."""
 
 
 class BatchNorm(nn.Module):
@@ -43,13 +53,18 @@ class BatchNorm(nn.Module):
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
 
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
+    def __init__(self, norm: _Norm):
         super().__init__()
         self.weight, self.bias, self.eps, self.momentum = norm.weight, norm.bias, norm.eps, norm.momentum
-        self.own_statistics = norm.training or norm.running_mean is None
+        self.training = norm.training
         self.register_buffer("running_mean", norm.running_mean)
         self.register_buffer("running_var", norm.running_var)
         self.register_buffer("num_batches_tracked", norm.num_batches_tracked)
+
+    @property
+    def own_statistics(self) -> bool:
+        """Whether it normalises by the batch's own statistics."""
+        return self.training or self.running_mean is None
 
     def forward(self, x: Tensor) -> Tensor:
         if (seen := _SEEN.get()) is not None:
@@ -70,6 +85,17 @@ class BatchNorm(nn.Module):
             return (x - mean.view(shape)) * scale.view(shape)
         scale = scale * self.weight
         return x * scale.view(shape) + (self.bias - mean * scale).view(shape)
+
+
+class BatchNormAct(BatchNorm):
+    """The same of timm's BatchNormAct2d, which drops and activates what it has normalised."""
+
+    def __init__(self, norm: _Norm):
+        super().__init__(norm)
+        self.drop, self.act = norm.drop, norm.act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))  # type: ignore[operator]
 
 
 class _Hardsigmoid(nn.Module):
@@ -99,7 +125,7 @@ def attackers_copy(model: nn.Module, image_shape: tuple[int, int, int], batch_si
         ValueError: the model can't be attacked; the sentence says why and what to do.
     """
     mine = functional_copy(model)
-    reference = _plain(_deep_copy(model))
+    reference = _plain(deep_copy(model))
     if dropping := masks(mine):
         _stop(reference, dropping)
         _stop(mine, dropping)
@@ -108,7 +134,19 @@ def attackers_copy(model: nn.Module, image_shape: tuple[int, int, int], batch_si
             " know which, drops none; call .eval() on the model where the client does not drop either",
             stacklevel=3,
         )
+    channels = image_shape[0]
+    if any(v.numel() not in (1, channels) for v in (mine.mean, mine.std)):
+        raise ValueError(
+            f"the model was wrapped with a mean of {mine.mean.numel()} channels and a std of {mine.std.numel()}, and"
+            f" the images have {channels}; wrap it with one value, or with one a channel"
+        )
     _prove(mine, reference, image_shape, batch_size)
+    if mine.draws:
+        warnings.warn(
+            "the forward pass draws random numbers in the mode that the model is in (a dropout function, a sampling"
+            " layer): the client draws its own, and what the attacker simulates draws others",
+            stacklevel=3,
+        )
     mine.attackers_copy = True
     return mine
 
@@ -116,8 +154,8 @@ def attackers_copy(model: nn.Module, image_shape: tuple[int, int, int], batch_si
 def functional_copy(model: nn.Module) -> Classifier:
     """A deep copy of a classifier that can be differentiated twice and stacked. The caller's is untouched.
 
-    Wrappers (torch.compile, DataParallel, Opacus) are taken off. Batch norms, and no subclass of them, become plain
-    functions of their input, activations stop working in place, Hardsigmoid is written out.
+    Wrappers (torch.compile, DataParallel, Opacus) are taken off. Batch norms, and of their subclasses timm's alone,
+    become plain functions of their input, activations stop working in place, Hardsigmoid is written out.
 
     Raises:
         ValueError: the model is not wrapped, was compiled by torch.jit, or has nothing to train.
@@ -139,12 +177,14 @@ def functional_copy(model: nn.Module) -> Classifier:
             "the model has no trainable parameter, and there is no gradient to share; if its parameters are frozen,"
             " call requires_grad_(True) on those that the client trains"
         )
-    mine = _plain(_deep_copy(model))
+    mine = _plain(deep_copy(model))
     for parent in list(mine.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in BATCH_NORMS:
-                assert isinstance(child, nn.modules.batchnorm._BatchNorm)
+                assert isinstance(child, _Norm)
                 setattr(parent, name, BatchNorm(child))
+            elif isinstance(child, _Norm) and type(child).__module__.startswith("timm."):
+                setattr(parent, name, BatchNormAct(child))
             elif type(child) is nn.Hardsigmoid:
                 setattr(parent, name, _Hardsigmoid())
             elif type(child).__module__.startswith("torch.nn.") and getattr(child, "inplace", False):
@@ -160,19 +200,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _deep_copy(model: nn.Module) -> nn.Module:
+def deep_copy(model: nn.Module) -> nn.Module:
     """copy.deepcopy, also where a layer holds a tensor that it has computed (torch.nn.utils.weight_norm).
 
     Only what Opacus wraps is copied with its wrapper, which alone knows its hooks.
     """
     while type(model).__name__ in _WRAPPERS and type(model).__name__ != "GradSampleModule":
         model = getattr(model, _WRAPPERS[type(model).__name__])
-    memo = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
+    memo: dict[int, Tensor] = {}
+    held: list[object] = [value for module in model.modules() for value in vars(module).values()]
+    seen: set[int] = set()
+    while held:
+        value = held.pop()
+        if isinstance(value, Tensor) and not value.is_leaf:
+            memo[id(value)] = value.detach().clone()
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            held += value.values() if isinstance(value, dict) else value
     return copy.deepcopy(model, memo)
 
 
@@ -196,10 +240,7 @@ def masks(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         if module.training
-        and (
-            type(module).__name__.rstrip("123d") in _MASKS
-            or (isinstance(module, nn.MultiheadAttention) and module.dropout > 0)
-        )
+        and any(getattr(module, share, 0) != 0 for share in _MASKS.get(type(module).__name__.rstrip("123d"), ()))
     ]
 
 
@@ -227,17 +268,25 @@ def _prove(mine: Classifier, reference: Classifier, image_shape: tuple[int, int,
                 f" {(logits - theirs).abs().max():.2g} apart); {_custom(reference)}"
             )
         # What the pass reads past the modules' attributes, functional_call does not replace.
-        moved = {name: p.detach() * 0.9 + 0.01 * p.detach().std(correction=0) for name, p in theta.items()}
+        moved = {name: _moved(p.detach(), draw) for name, p in theta.items()}
         _refuse_hidden_parameters(mine, reference, moved, images, before)
         torch.set_rng_state(before)
         _differentiate_twice(mine, theta, images)
+
+
+def _moved(p: Tensor, rng: torch.Generator) -> Tensor:
+    """Other values of this kind; of a constant, such as a head that starts at zero, random ones."""
+    size = p.std(correction=0)
+    if size > 0:
+        return 0.9 * p + 0.01 * size
+    return p + 0.05 * torch.randn(p.shape, generator=rng).to(p)
 
 
 def number_of_logits(model: Classifier, image_shape: tuple[int, int, int]) -> int:
     """What a model gives whose number of classes is not known."""
     p = next(model.parameters())
     images = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[p.device] if p.is_cuda else []):
         return _output(model, images).shape[1]
 
 
@@ -391,6 +440,26 @@ def ties(model: nn.Module) -> dict[str, str]:
     return found
 
 
+@contextlib.contextmanager
+def drawing(model: nn.Module, rng: torch.Generator | None) -> Iterator[None]:
+    """What the model draws from torch's global generator comes from `rng`, or is always the same; nothing is left."""
+    if not getattr(model, "draws", False):
+        yield
+        return
+    seed = 0 if rng is None else int(torch.randint(2**62, (), generator=rng))
+    cuda = [p.device for p in model.parameters() if p.is_cuda][:1]
+    with _DRAWN, torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for device in cuda:
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        yield
+
+
+def strange_norms(model: nn.Module) -> list[str]:
+    """Classes of batch norm in an attacker's copy whose input nobody writes down, since they are somebody's own."""
+    return sorted({type(layer).__name__ for layer in model.modules() if isinstance(layer, _Norm)})
+
+
 def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
     """The batch norms of an attacker's copy by name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, BatchNorm)}
@@ -410,6 +479,6 @@ def inputs_of_batch_norms() -> Iterator[list[tuple[BatchNorm, Tensor]]]:
 def bn_statistics(model: nn.Module, images: Tensor) -> Statistics:
     """Mean and biased variance of each batch norm's input over the images, differentiable in them."""
     names = {id(layer): name for name, layer in batch_norms(model).items()}
-    with inputs_of_batch_norms() as seen:
+    with inputs_of_batch_norms() as seen, drawing(model, None):
         forward(model, images)
     return {names[id(layer)]: batch_statistics(x) for layer, x in seen if id(layer) in names}

@@ -125,7 +125,8 @@ class Evaluator:
 
 def _with_gradient(loss: Callable[..., Rows], *variables: Tensor) -> list[Tensor]:
     leaves = [v.detach().requires_grad_() for v in variables]
-    losses = loss(*leaves)
+    with torch.enable_grad():
+        losses = loss(*leaves)
     return [losses.detach(), *torch.autograd.grad(losses, leaves, torch.ones_like(losses))]
 
 

@@ -3,11 +3,9 @@
 `observe` is the only way from a Batch to an Observation; `receive` makes one of an update that came from elsewhere.
 """
 
-import contextlib
 import inspect
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,13 @@ from gi_lib.copies import (
     batch_norms,
     batch_statistics,
     bn_statistics,
+    drawing,
     forward,
     functional_copy,
     inputs_of_batch_norms,
     masks,
     number_of_logits,
+    strange_norms,
     unwrapped,
 )
 from gi_lib.execution import in_functorch, second_derivatives
@@ -54,9 +54,6 @@ from gi_lib.types import (
 
 revision = 1
 """Of what clients compute: raised when it changes, so that all cases run again."""
-
-_DRAWN = threading.Lock()
-"""A model that draws does so from the one global generator: one thread at a time."""
 
 
 @dataclass(frozen=True)
@@ -228,16 +225,20 @@ class Client:
                 noise is left out, and what the model draws is the same at each call.
         """
         theta = Parameters(model) if theta is None else theta
+        if not in_functorch() and not all(p.requires_grad for p in theta.values()):
+            theta = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in theta.items()}
         graph = torch.is_grad_enabled()
         state: list[Gradient] = []
         noisy = {"rng": rng} if rng is not None and _takes(self.rule, "rng") else {}
         whole_batch = order is None and (self.local_batch or len(images)) >= len(images)
         parts = () if whole_batch else order or self.schedule(len(images))
         total: Gradient | None = None
-        with torch.enable_grad(), second_derivatives(), _drawing(model, rng):
+        with torch.enable_grad(), second_derivatives(), drawing(model, rng):
             for t in range(self.steps):
                 x, y = (images, labels) if whole_batch else (v[parts[t].to(v.device)] for v in (images, labels))
                 g = self.rule(model, theta, x, y, **noisy)
+                if not isinstance(g, Mapping) or g.keys() != theta.keys():
+                    raise ValueError("a client's rule returns one gradient for each name in theta, in a dict")
                 d = g if self.optimiser == PLAIN else self.optimiser.direction(theta, g, state, t)
                 total = d if total is None else {name: total[name] + d[name] for name in d}
                 if t + 1 < self.steps:
@@ -280,6 +281,8 @@ class Clients:
         theta: Gradient | None = None,
         order: Order | None = None,
     ) -> Gradient:
+        if self.thetas and theta is not None and not isinstance(theta, Parameters):
+            raise ValueError("each of these clients starts from a model of its own; theta can't replace them")
         order, steps = order or self.schedule(), self.client.steps
         sent = []
         for i in range(len(self.sizes)):
@@ -304,21 +307,6 @@ def _takes(function: Callable, name: str) -> bool:
         return name in inspect.signature(function).parameters
     except (TypeError, ValueError):
         return False
-
-
-@contextlib.contextmanager
-def _drawing(model: nn.Module, rng: torch.Generator | None) -> Iterator[None]:
-    """What the model draws from torch's global generator comes from `rng`, or is always the same; nothing is left."""
-    if not getattr(model, "draws", False):
-        yield
-        return
-    seed = 0 if rng is None else int(torch.randint(2**62, (), generator=rng))
-    cuda = [p.device for p in model.parameters() if p.is_cuda][:1]
-    with _DRAWN, torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(seed)
-        for device in cuda:
-            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-        yield
 
 
 @dataclass(frozen=True)
@@ -407,33 +395,29 @@ def observe(
     models = [models] * len(batches) if isinstance(models, nn.Module) else list(models)
     _check_request(models, batches, threat, trapdoor, auxiliary, earlier)
     shape: tuple[int, int, int] = tuple(batches[0].images.shape[1:])  # type: ignore[assignment]
-    sizes = tuple(len(batch) for batch in batches)
+    client_run = client
     if defense is not None:
-        models = [defense.on_model(model) for model in models]
-        client_run = defense.on_client(client)
-    else:
-        client_run = client
+        defended = {key: defense.on_model(model) for key, model in {id(model): model for model in models}.items()}
+        models, client_run = [defended[id(model)] for model in models], defense.on_client(client)
+    probed = _local(client, [len(batch) for batch in batches])
     seen: list[tuple[Classifier, Classifier]] = []  # what the attacker gets, and what trains
     for i, model in enumerate(models):
         if i and model is models[i - 1]:
             seen.append(seen[-1])
             continue
-        copy = attackers_copy(model, shape, min(2, *sizes, *_local(client, sizes)))
+        copy = attackers_copy(model, shape, min(2, *probed))
         own = copy
         if copy.draws or masks(model):
             own = functional_copy(model)
             own.draws = True
         seen.append((copy, own))
-    whose = Clients(client_run, sizes)
-    order = whose.schedule(rng)
-    labels = torch.cat([batch.labels for batch in batches])
-    _check_labels(labels, seen[0][0].num_classes)
+    _check_labels(torch.cat([batch.labels for batch in batches]), seen[0][0].num_classes)
+    trained = [_trained(batch, copy, defense, rng) for batch, (copy, _) in zip(batches, seen, strict=True)]
+    sizes = tuple(len(x) for x, _ in trained)
+    labels = torch.cat([_hard(y, batch) for batch, (_, y) in zip(batches, trained, strict=True)]).cpu()
+    order = Clients(client_run, sizes).schedule(rng)
     updates, buffers, images = [], [], []
-    for i, (batch, (copy, own)) in enumerate(zip(batches, seen, strict=True)):
-        p = next(copy.parameters())
-        x, y = batch.images.to(p.device, p.dtype), batch.labels.to(p.device)
-        if defense is not None:
-            x, y = defense.on_batch(x, y, rng)
+    for i, ((x, y), (_, own)) in enumerate(zip(trained, seen, strict=True)):
         steps = order[i * client_run.steps : (i + 1) * client_run.steps]
         local = tuple(step - sum(sizes[:i]) for step in steps)
         with inputs_of_batch_norms() as passes:
@@ -443,7 +427,12 @@ def observe(
         buffers.append(_running_statistics(own, passes) if threat.knows_buffers else {})
         images.append(x)
     copy = seen[0][0]
-    with torch.no_grad(), _drawing(copy, None):
+    if (threat.knows_bn_stats or threat.knows_buffers) and (strange := strange_norms(copy)):
+        raise ValueError(
+            f"the statistics of {', '.join(strange)} can't be read: it is a batch norm of somebody's own; put"
+            " torch.nn's in its place, or don't grant knows_bn_stats and knows_buffers"
+        )
+    with torch.no_grad():
         statistics = bn_statistics(copy, torch.cat(images)) if threat.knows_bn_stats else None
     ranks = labels.argsort(stable=True).argsort()  # image i is slot ranks[i] of the attacker's guess
     known = client_run if threat.knows_defense else client
@@ -451,7 +440,7 @@ def observe(
     return Observation(
         gradient=weighted_mean(updates, sizes),
         model=copy,
-        client=_granted_client(threat, known, several),
+        client=_granted_client(threat, known, several, copy),
         image_shape=shape,
         batch_size=len(labels) if threat.knows_batch_size else None,
         num_classes=copy.num_classes,
@@ -504,23 +493,61 @@ def _check_labels(labels: Tensor, num_classes: int) -> None:
         raise ValueError(f"labels run from {low} to {high}, but the model has classes 0 to {num_classes - 1}")
 
 
+def _trained(batch: Batch, copy: Classifier, defense: Any, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The images and labels that a client trains on, on its model's device."""
+    p = next(copy.parameters())
+    x, y = batch.images.to(p.device, p.dtype), batch.labels.to(p.device)
+    if defense is None:
+        return x, y
+    images, labels = defense.on_batch(x, y, rng)
+    hard = labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+    soft = labels.is_floating_point() and labels.shape == (len(images), copy.num_classes)
+    if not len(images) or images.shape[1:] != x.shape[1:] or images.dtype != x.dtype or not (hard or soft):
+        raise ValueError(
+            f"{type(defense).__name__}.on_batch must return images [n, {', '.join(map(str, x.shape[1:]))}] and labels"
+            f" int64 [n] or float [n, {copy.num_classes}], got {list(images.shape)} and {list(labels.shape)}"
+        )
+    return images, labels
+
+
+def _hard(labels: Tensor, batch: Batch) -> Tensor:
+    """Labels [n] of what a client trains on: its own where a defense has made them soft and none were added."""
+    if labels.ndim == 1:
+        return labels
+    return batch.labels.to(labels.device) if len(labels) == len(batch) else labels.argmax(1)
+
+
 def _different(seen: Sequence[tuple[Classifier, Classifier]]) -> tuple[Gradient, ...]:
     """The parameters of each client's model, where these differ."""
     copies = [copy for copy, _ in seen]
-    return tuple(dict(Parameters(copy)) for copy in copies) if any(c is not copies[0] for c in copies) else ()
-
-
-def _granted_client(threat: ThreatModel, client: Client, several: Clients) -> ClientUpdate | None:
-    """FedSGD has no details to know, and the mean over several such clients is one client's with all images."""
-    if threat.knows_training_details:
-        return client if len(several.sizes) == 1 else several
-    if (
-        client.steps == 1
-        and client.optimiser == PLAIN
-        and (client.local_batch or max(several.sizes)) >= max(several.sizes)
+    if all(copy is copies[0] for copy in copies):
+        return ()
+    thetas = [dict(Parameters(copy)) for copy in copies]
+    first, *others = ({n: v for n, v in copy.state_dict().items() if n not in thetas[0]} for copy in copies)
+    fits = all(
+        theta.keys() == thetas[0].keys() and all(p.shape == thetas[0][n].shape for n, p in theta.items())
+        for theta in thetas
+    )
+    if not fits or any(
+        rest.keys() != first.keys() or not all(torch.equal(rest[n], v) for n, v in first.items()) for rest in others
     ):
-        return several if several.thetas else client
-    return None
+        raise ValueError(
+            "the clients' models may differ in the values of their trainable parameters, and in nothing else"
+        )
+    return tuple(thetas)
+
+
+def _granted_client(threat: ThreatModel, client: Client, several: Clients, model: Classifier) -> ClientUpdate | None:
+    """FedSGD has no details to know. The mean over several such clients is one client's with all images where a
+    gradient is a mean over images; elsewhere how many images each has is a detail too."""
+    one_step = client.steps == 1 and client.optimiser == PLAIN
+    one_step &= (client.local_batch or max(several.sizes)) >= max(several.sizes)
+    if len(several.sizes) == 1:
+        return client if one_step or threat.knows_training_details else None
+    if threat.knows_training_details or (one_step and threat.knows_order):
+        return several
+    mixes = bool(strange_norms(model)) or any(norm.own_statistics for norm in batch_norms(model).values())
+    return client if one_step and client.rule == loss_gradient and not mixes and not several.thetas else None
 
 
 def _running_statistics(model: Classifier, passes: Sequence[tuple[BatchNorm, Tensor]]) -> Statistics:
@@ -571,6 +598,8 @@ def receive(
     defense: Any = None,
     bn_stats: Statistics | None = None,
     auxiliary: Auxiliary | None = None,
+    earlier: Sequence[Observation] = (),
+    trapdoor: object | None = None,
 ) -> Observation:
     """An Observation from an update that came from elsewhere. Neither the model nor the update is changed.
 
@@ -586,7 +615,7 @@ def receive(
         image_shape: (C, H, W) of the private images.
         num_classes: K; None asks the model.
         mean, std: the normalisation that the module expects of [0, 1] images, where it is not wrapped.
-        batch_size, labels, defense, bn_stats, auxiliary: what else is known.
+        batch_size, labels, defense, bn_stats, auxiliary, earlier, trapdoor: what else is known; see Observation.
         client: what the client did; None where that is unknown.
 
     Raises:
@@ -597,11 +626,14 @@ def receive(
         raise ValueError(f"receive needs batch_size, a whole number >= 1, or None, got {batch_size!r:.60}")
     if labels is not None and not (isinstance(labels, Tensor) and labels.ndim == 1 and labels.dtype == torch.int64):
         raise ValueError("receive needs labels as a tensor of int64 [B], or None")
-    if not isinstance(unwrapped(model), Classifier):
+    bare = not isinstance(unwrapped(model), Classifier)
+    if bare:
         model = _wrapped(model, image_shape, num_classes, mean, std)
+    if None not in (batch_size, labels) and len(labels) != batch_size:  # type: ignore[arg-type]
+        raise ValueError(f"got {len(labels)} labels for a batch of {batch_size}; give one a image")  # type: ignore[arg-type]
     size = batch_size if labels is None else len(labels)
     copy = attackers_copy(model, image_shape, min(2, size or 2))
-    gradient, state = _matched(copy, model, update)
+    gradient, state = _matched(copy, bare, update)
     lr = 1.0 if client is None else client.lr
     buffers: Statistics = {}
     for name, norm in batch_norms(copy).items():
@@ -618,10 +650,12 @@ def receive(
         batch_size=size,
         num_classes=copy.num_classes,
         labels=None if labels is None else labels.sort().values.to(device),
-        bn_stats=bn_stats,
+        bn_stats=None if bn_stats is None else _statistics(copy, bare, bn_stats),
         buffers=buffers or None,
         defense=defense,
         auxiliary=auxiliary,
+        earlier=tuple(earlier),
+        trapdoor=trapdoor,
     )
     if client is not None and client.steps == 1 and client.rule == loss_gradient:
         scale = loss_scale(obs)
@@ -635,6 +669,16 @@ def receive(
     return obs
 
 
+def _statistics(copy: Classifier, wrapped: bool, given: Statistics) -> Statistics:
+    """Statistics of the batch norms by the copy's names."""
+    norms = batch_norms(copy)
+    found = {next((n for n in _spellings(name, wrapped) if n in norms), name): pair for name, pair in given.items()}
+    if found.keys() != norms.keys():
+        raise ValueError(f"bn_stats are of {sorted(given)}, and the batch norms of the model are {sorted(norms)}")
+    device = next(copy.parameters())
+    return {name: (mean.to(device), var.to(device)) for name, (mean, var) in found.items()}
+
+
 def _wrapped(
     model: nn.Module, image_shape: tuple[int, int, int], num_classes: int | None, mean: object, std: object
 ) -> Classifier:
@@ -644,8 +688,12 @@ def _wrapped(
     return wrap(model, mean=mean, std=std, num_classes=num_classes)
 
 
-def _matched(copy: Classifier, model: nn.Module, update: Update) -> tuple[Gradient, Gradient]:
-    """The gradient by the copy's names, and what there is besides of its floating-point state."""
+def _matched(copy: Classifier, wrapped: bool, update: Update) -> tuple[Gradient, Gradient]:
+    """The gradient by the copy's names, and what there is besides of its floating-point state.
+
+    Args:
+        wrapped: whether the caller's own model is bare, and was wrapped for the copy.
+    """
     if isinstance(update, str | Path):
         try:
             update = load_file(update)
@@ -653,15 +701,16 @@ def _matched(copy: Classifier, model: nn.Module, update: Update) -> tuple[Gradie
             raise ValueError(f"{update} is not a readable safetensors file ({error})") from error
     wanted = {name: p.shape for name, p in copy.named_parameters() if p.requires_grad}
     if not isinstance(update, Mapping):
-        update = _named(list(update), copy, model)
-    state_names = list(copy.state_dict())
-    canonical = {_canonical(name): name for name in state_names}
-    if len(canonical) < len(state_names):
-        canonical = {name: name for name in state_names}
+        if not isinstance(update, Iterable):
+            said = type(update).__name__
+            raise ValueError(f"an update is a mapping by name, a list, or a safetensors file, got {said}")
+        update, wrapped = _named(list(update), copy), False
+    names = {name: name for name in copy.state_dict()}
+    names = {_stripped(name): name for name in names} | names
     p = next(copy.parameters())
     found: Gradient = {}
     for name, value in update.items():
-        own = name if name in state_names else canonical.get(_canonical(name), name)
+        own = next((names[said] for said in _spellings(name, wrapped) if said in names), name)
         if value is None and own in wanted:  # as torch leaves .grad of a parameter that the pass does not use
             value = torch.zeros(wanted[own])
         tensor = _as_tensor(name, value)
@@ -669,7 +718,7 @@ def _matched(copy: Classifier, model: nn.Module, update: Update) -> tuple[Gradie
             raise ValueError(f"the update has {own!r} twice, under two names; leave one out")
         found[own] = tensor.to(p.device, p.dtype).detach().clone()
     missing = wanted.keys() - found.keys()
-    extra = [name for name in found if name not in state_names]
+    extra = [name for name in found if name not in names]
     if missing or extra:
         raise ValueError(
             f"the update does not fit the model: missing {sorted(missing)}, unknown {sorted(extra)}; it needs one"
@@ -679,7 +728,7 @@ def _matched(copy: Classifier, model: nn.Module, update: Update) -> tuple[Gradie
     return {name: found[name] for name in wanted}, rest
 
 
-def _named(values: list, copy: Classifier, model: nn.Module) -> dict[str, object]:
+def _named(values: list, copy: Classifier) -> dict[str, object]:
     """A list in the order of the trainable parameters, of all parameters, or of the state without the wrapper's own."""
     orders = [
         [name for name, p in copy.named_parameters() if p.requires_grad],
@@ -696,9 +745,14 @@ def _named(values: list, copy: Classifier, model: nn.Module) -> dict[str, object
     )
 
 
-def _canonical(name: str) -> str:
-    parts = [part for part in name.split(".") if part not in _PREFIXES]
-    return ".".join(parts[1:] if parts[:1] == ["net"] and len(parts) > 1 else parts)
+def _stripped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _PREFIXES)
+
+
+def _spellings(name: str, wrapped: bool) -> list[str]:
+    """How the copy may call a parameter: in a Classifier, all that a bare module holds lies at `net`."""
+    spellings = [name, f"net.{name}", _stripped(name), f"net.{_stripped(name)}"]
+    return [spellings[i] for i in ((1, 0, 3, 2) if wrapped else (0, 1, 2, 3))]
 
 
 def _as_tensor(name: str, value: object) -> Tensor:

@@ -101,10 +101,10 @@ def infer(obs: Observation) -> Labels:
 
 
 def of_images(obs: Observation, images: Tensor) -> Labels:
-    """Which label each image of a batch has that is known [B, C, H, W]: the order of the labels of `infer`.
+    """Which label each image of a batch has that is known [B, C, H, W]; labels that are known are put in order.
 
-    The last layer's gradient is 1/B sum_i (p_i - y_i) h_i^T, of which all but the labels y_i is known: it is solved
-    for them by least squares.
+    The last layer's gradient of one step is 1/B sum_i (p_i - y_i) h_i^T, of which all but the labels y_i is known: it
+    is solved for them by least squares.
 
     Raises:
         NotApplicableError: the model does not end in a dense layer.
@@ -117,16 +117,11 @@ def of_images(obs: Observation, images: Tensor) -> Labels:
         gW, h = torch.cat([gW, gb[:, None]], 1), torch.cat([h, torch.ones_like(h[:, :1])], 1)
     p, h, gW = logits.softmax(1).double(), h.double(), gW.double()
     ys = torch.linalg.lstsq(h.T, (p.T @ h - len(images) * gW).T).solution
-    return ys.argmax(1)
+    if obs.labels is None or len(obs.labels) != len(images):
+        return ys.argmax(1)
+    from scipy.optimize import linear_sum_assignment  # slow to import
 
-
-def readable(obs: Observation) -> str | None:
-    """Labels that are known, or a last layer from which they can be read."""
-    try:
-        infer(obs)
-    except NotApplicableError as error:
-        return str(error)
-    return None
+    return obs.labels[linear_sum_assignment(-ys[:, obs.labels].detach().cpu().numpy())[1]]
 
 
 def _need_batch_size(obs: Observation, rule: str) -> None:

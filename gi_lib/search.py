@@ -108,15 +108,17 @@ def certified(obs: Observation, images: Tensor, label_rule: LabelRule) -> Recons
     says when it does not hold. Both are None where the labels or the client's code are unknown.
     """
     try:
-        y = label_rule(obs)
+        found = [label_rule(obs)]
+        if len(found[0]) != len(images):
+            raise NotApplicableError(f"{len(images)} images came back, of {len(found[0])}")
         if len(images) > 1:  # whose label is whose
             with contextlib.suppress(NotApplicableError):
-                y = of_images(obs, images)
-        simulated = obs.simulate(images, y)
+                found.append(of_images(obs, images))
+        losses = [squared_l2(obs.simulate(images, y), obs.gradient).detach() for y in found]
     except NotApplicableError as error:
         reason = {"certified": None, "relative_error": None, "why": str(error)}
-        return Reconstruction(images=images, labels=obs.labels, loss=math.nan, notes=reason)
-    loss = squared_l2(simulated, obs.gradient).detach()
+        return Reconstruction(images=images, labels=None, loss=math.nan, notes=reason)
+    loss, y = min(zip(losses, found, strict=True), key=lambda pair: pair[0].nan_to_num(torch.inf).item())
     size = squared_l2({name: torch.zeros_like(g) for name, g in obs.gradient.items()}, obs.gradient)
     apart = (loss / size).sqrt().item()
     if not apart < CERTAIN:

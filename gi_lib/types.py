@@ -1,7 +1,6 @@
 """The nouns: what a client holds, what an attacker gets, what an attack returns, how it is scored."""
 
 import difflib
-import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
@@ -232,16 +231,20 @@ class Needs:
         facts: fields of the Observation that may not be withheld.
         model: tests of the Observation, each the reason why the attack does not apply, or None; the first line of
             its docstring says what is needed.
+        labels: whether the attack's `label_rule` must find the labels.
         batch: the largest batch; None takes any.
     """
 
     facts: tuple[Fact, ...] = ()
     model: tuple[Callable[["Observation"], str | None], ...] = ()
+    labels: bool = False
     batch: int | None = None
 
     def __str__(self) -> str:
         said = [_FACTS[name][0] for name in self.facts]
         said += [(test.__doc__ or test.__name__).partition("\n")[0].rstrip(".") for test in self.model]
+        if self.labels:
+            said.append("labels that are known, or a last layer from which they can be read")
         if self.batch is not None:
             said.append("one image" if self.batch == 1 else f"at most {self.batch} images")
         return ", ".join(said) or "nothing but the update"
@@ -348,6 +351,11 @@ class Observation:
         for test in needs.model:
             if reason := test(self):
                 raise NotApplicableError(f"{name} does not apply: {reason}")
+        if needs.labels:
+            try:
+                attack.label_rule(self)  # type: ignore[attr-defined]
+            except NotApplicableError as error:
+                raise NotApplicableError(f"{name} does not apply: {error}") from error
 
     def simulate(self, images: Tensor, labels: Tensor, theta: Gradient | None = None) -> Gradient:
         """The forward operator of one guess: what would be sent for these images [B, C, H, W] and labels.
@@ -358,7 +366,7 @@ class Observation:
             theta: the parameters at which the client starts; None takes the model's.
 
         Returns:
-            A gradient that is differentiable in all three, whether or not the caller computes gradients.
+            A gradient that is differentiable in all three, and detached where the caller computes no gradients.
 
         Raises:
             WithheldError: the training details are withheld.
@@ -370,7 +378,7 @@ class Observation:
             raise WithheldError(f"simulate needs {what}; observe with ThreatModel({grants})")
         self._check_guess(images, labels)
         try:
-            return self.client(self.model, images, labels, theta=theta or self._own, order=self.order)
+            return self.client(self.model, images, labels, theta=theta or Parameters(self.model), order=self.order)
         except IndexError as error:  # the labels' values are not looked at: on a GPU that would wait for it
             raise ValueError(f"labels must be classes from 0 to {self.num_classes - 1} ({error})") from error
 
@@ -379,6 +387,8 @@ class Observation:
         if shape is None or images.shape != shape or images.dtype != self.dtype or not len(images):
             said = f"a tensor [B, {', '.join(map(str, self.image_shape))}] of {self.dtype}"
             raise ValueError(f"simulate takes images as {said}, got {_said(images)}")
+        if (self.order is not None or hasattr(self.client, "sizes")) and self.batch_size not in (None, len(images)):
+            raise ValueError(f"simulate takes all {self.batch_size} images, whose steps are known, got {len(images)}")
         hard = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == shape[:1]
         soft = isinstance(labels, Tensor) and labels.is_floating_point()
         if not (hard or (soft and labels.shape == (shape[0], self.num_classes))):
@@ -386,10 +396,6 @@ class Observation:
                 f"simulate takes labels as int64 [{shape[0]}] or soft as float [{shape[0]}, {self.num_classes}],"
                 f" got {_said(labels)}"
             )
-
-    @functools.cached_property
-    def _own(self) -> Parameters:
-        return Parameters(self.model)
 
 
 @dataclass(frozen=True, eq=False)

@@ -205,7 +205,7 @@ def test_the_mean_of_fedsgd_clients_is_the_gradient_of_all_their_images():
 def test_clients_may_be_sent_different_models(rng):
     sent = [models.build("lenet", num_classes=4, image_shape=(3, 8, 8), seed=s).double() for s in (0, 1)]
     batches = [Batch(images(1, (3, 8, 8)), torch.tensor([k])) for k in (0, 1)]
-    threat = ThreatModel(malicious_server=True, knows_labels=True)
+    threat = ThreatModel(malicious_server=True, knows_labels=True, knows_training_details=True)
     obs = observe(sent, batches, threat=threat, trapdoor="planted", rng=rng)
     alone = [Client()(model, b.images, b.labels) for model, b in zip(sent, batches, strict=True)]
     simulated = obs.simulate(torch.cat([b.images for b in batches]), obs.labels)
@@ -614,3 +614,158 @@ def test_replacing_or_freezing_a_layer_of_the_copy_and_observing_again_works(cli
     assert "net.1.weight" not in again.gradient
     for name, g in Client()(obs.model, batch.images, batch.labels).items():
         torch.testing.assert_close(again.gradient[name], g)
+
+
+def small_norms(seed=0):
+    torch.manual_seed(seed)
+    layers = torch.nn.Flatten(), torch.nn.Linear(192, 32), torch.nn.BatchNorm1d(32), torch.nn.ReLU()
+    return models.wrap(torch.nn.Sequential(*layers, torch.nn.Linear(32, 5)), num_classes=5).double().eval()
+
+
+def summed(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("train", "client", "defense"),
+    [
+        (True, Client(), None),
+        (False, Client(rule=loss_gradient.of(summed)), None),
+        (False, Client(), DPSGD(clip=100.0, noise=0.0, expected_batch=4)),
+    ],
+)
+def test_how_many_images_each_client_has_is_a_detail_where_a_gradient_is_no_mean(train, client, defense):
+    x, y = images(3, (3, 8, 8)), torch.tensor([0, 1, 2])
+    batches, model = [Batch(x[:1].repeat(2, 1, 1, 1), y[[0, 0]]), Batch(x[1:], y[1:])], small_norms().train(train)
+    facts = {"knows_defense": defense is not None}
+    given = {"client": client, "defense": defense, "rng": torch.Generator()}
+    withheld = observe(model, batches, threat=ThreatModel(**facts), **given)
+    assert withheld.client is None
+    obs = observe(model, batches, threat=ThreatModel(knows_training_details=True, **facts), **given)
+    found = obs.simulate(torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches]))
+    for name, g in obs.gradient.items():
+        torch.testing.assert_close(found[name], g)
+
+
+@pytest.mark.parametrize("what", ["buffers", "frozen", "architecture"])
+def test_the_clients_models_differ_in_trainable_values_alone(what):
+    sent = [small_norms(), small_norms()]
+    if what == "buffers":
+        sent[1].net[2].running_mean += 1
+    elif what == "frozen":
+        for model in sent:
+            model.net[1].weight.requires_grad_(False)
+        sent[1].net[1].weight += 1
+    else:
+        sent[1].net[4] = torch.nn.Linear(32, 5, bias=False).double()
+    batches = [Batch(images(1, (3, 8, 8)), torch.tensor([k])) for k in (0, 1)]
+    with pytest.raises(ValueError, match="may differ in the values of their trainable parameters, and in nothing else"):
+        observe(sent, batches, rng=torch.Generator())
+
+
+class Conceal(Defense):
+    """Trains on random images beside the private ones."""
+
+    def on_batch(self, images, labels, rng):
+        more = torch.rand(2, *images.shape[1:], generator=rng, dtype=images.dtype)
+        return torch.cat([images, more]), torch.cat([labels, torch.tensor([3, 3])])
+
+
+class Fewer(Defense):
+    def on_batch(self, images, labels, rng):
+        return images[:1], labels[:1]
+
+
+class Wrong(Defense):
+    def on_batch(self, images, labels, rng):
+        return images, labels[:1]
+
+
+def test_a_client_trains_on_what_its_defense_makes_of_the_batch():
+    model, batch = build("lenet"), Batch(images(2), torch.tensor([1, 2]))
+    obs = observe(model, batch, defense=Conceal(), threat=ThreatModel(knows_labels=True), rng=torch.Generator())
+    plain = observe(model, batch, rng=torch.Generator())
+    name = next(iter(plain.gradient))
+    assert not torch.allclose(obs.gradient[name], plain.gradient[name])
+    assert obs.batch_size == 4 and obs.labels.tolist() == [1, 2, 3, 3]
+    first = observe(model, Batch(images(2)[:1], torch.tensor([1])), rng=torch.Generator())
+    fewer = observe(model, batch, defense=Fewer(), rng=torch.Generator())
+    torch.testing.assert_close(fewer.gradient[name], first.gradient[name])
+    with pytest.raises(ValueError, match=r"Wrong.on_batch must return images \[n, 3, 18, 18\] and labels"):
+        observe(model, batch, defense=Wrong(), rng=torch.Generator())
+
+
+def test_clients_of_one_model_share_the_defended_one():
+    class Other(Defense):
+        def on_model(self, model):
+            made.append(copy.deepcopy(model))
+            return made[-1]
+
+    made, model = [], build("lenet")
+    batches = [Batch(images(1), torch.tensor([k])) for k in (0, 1, 2)]
+    assert observe(model, batches, defense=Other(), rng=torch.Generator()).client == Client()
+    assert len(made) == 1
+
+
+def test_dp_sgd_clips_the_clients_own_loss():
+    def squares(logits, labels):
+        return (logits - torch.eye(4, dtype=logits.dtype)[labels]).square().sum(1).mean()
+
+    model, batch, client = (
+        build("lenet"),
+        Batch(images(2), torch.tensor([1, 2])),
+        Client(rule=loss_gradient.of(squares)),
+    )
+    plain = observe(model, batch, client=client, rng=torch.Generator())
+    wide = observe(model, batch, client=client, defense=DPSGD(clip=1e9, noise=0.0), rng=torch.Generator())
+    for name, g in plain.gradient.items():
+        torch.testing.assert_close(wide.gradient[name], g, rtol=1e-6, atol=1e-9)
+    with pytest.raises(ValueError, match="this client has another rule"):
+        observe(model, batch, client=Client(rule=lambda *_: {}), defense=DPSGD(), rng=torch.Generator())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dp_sgd_drops_other_units_for_each_image():
+    layers = torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(192, 4)
+    model = models.wrap(torch.nn.Sequential(*layers), num_classes=4).double().train()
+    batch = Batch(images(1, (3, 8, 8)).repeat(2, 1, 1, 1), torch.tensor([1, 1]))
+    obs = observe(model, batch, defense=DPSGD(clip=1e9, noise=0.0), rng=torch.Generator())
+    assert (obs.gradient["net.2.weight"][1] != 0).double().mean() > 0.6  # .5 if both had the same mask
+
+
+def test_a_replaced_layer_or_mode_of_the_attackers_copy_counts_at_once():
+    batch = Batch(images(3, (3, 8, 8)), torch.tensor([0, 1, 2]))
+    obs = observe(small_norms(), batch, rng=torch.Generator())
+    before = obs.simulate(batch.images, batch.labels)
+    obs.model.net[4] = torch.nn.Linear(32, 5).double()
+    after = obs.simulate(batch.images, batch.labels)
+    assert after["net.4.weight"].norm() > 0 and not torch.equal(before["net.1.weight"], after["net.1.weight"])
+    train = obs.simulate(batch.images, batch.labels) if obs.model.train() else {}
+    again = observe(obs.model, batch, rng=torch.Generator())
+    assert not torch.allclose(train["net.1.weight"], after["net.1.weight"])
+    torch.testing.assert_close(again.gradient["net.1.weight"], train["net.1.weight"].detach())
+
+
+def test_simulate_takes_any_theta_and_all_images_whose_steps_are_known():
+    model, batch = build("lenet"), Batch(images(2), torch.tensor([1, 2]))
+    threat = ThreatModel(knows_order=True, knows_training_details=True)
+    obs = observe(model, batch, client=Client(steps=2, local_batch=1), threat=threat, rng=torch.Generator())
+    theta = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found, own = (obs.simulate(batch.images, batch.labels, t) for t in (theta, None))
+    for name, g in own.items():
+        torch.testing.assert_close(found[name], g)
+    with pytest.raises(ValueError, match="simulate takes all 2 images, whose steps are known, got 1"):
+        obs.simulate(batch.images[:1], batch.labels[:1])
+
+
+def test_an_attack_works_where_the_caller_computes_no_gradients(rng):
+    obs = observe(build("lenet"), Batch(images(1), torch.tensor([1])), rng=rng)
+    with torch.no_grad():
+        rec = InvertingGradients(steps=2)(obs, torch.Generator())
+    assert torch.equal(rec.images, InvertingGradients(steps=2)(obs, torch.Generator()).images)
+
+
+@pytest.mark.parametrize("returned", [[torch.zeros(2)], {}])
+def test_a_rule_that_returns_no_gradient_is_refused(returned):
+    with pytest.raises(ValueError, match="a client's rule returns one gradient for each name in theta"):
+        Client(rule=lambda *_: returned)(build("lenet"), images(1), torch.tensor([1]))

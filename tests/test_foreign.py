@@ -31,7 +31,7 @@ from gi_lib import (
     observe,
     receive,
 )
-from gi_lib.attacks import DLG, BiasRatio, InvertingGradients
+from gi_lib.attacks import DLG, BiasRatio, GradInversion, InvertingGradients
 from gi_lib.copies import attackers_copy
 
 
@@ -774,3 +774,150 @@ def test_what_is_known_besides_is_passed_on():
     obs = receive(net, gradient(net, *TWO), image_shape=(3, 8, 8), labels=torch.tensor([5, 3]), client=None)
     assert obs.labels.tolist() == [3, 5] and obs.batch_size == 2 and obs.client is None
     assert dataclasses.replace(obs, labels=None).batch_size == 2
+
+
+class Inner(nn.Module):
+    """A module whose own attribute has the name that a wrapper uses."""
+
+    def __init__(self, attribute):
+        super().__init__()
+        setattr(self, attribute, dense(192, 16, 10))
+        self.attribute = attribute
+
+    def forward(self, x):
+        return getattr(self, self.attribute)(x)
+
+
+@pytest.mark.parametrize("attribute", ["net", "module", "_module"])
+def test_the_callers_own_names_are_received_whatever_they_are(attribute):
+    net, x, y = Inner(attribute), smooth(1, 3, 8, 8), torch.tensor([3])
+    own = gradient(net, x, y)
+    obs = receive(net, own, image_shape=(3, 8, 8))
+    assert apart(obs.simulate(x, y), obs.gradient) < 1e-5
+    with_prefix = {f"module.{name}": g for name, g in own.items()}
+    assert apart(receive(net, with_prefix, image_shape=(3, 8, 8)).gradient, obs.gradient) == 0
+
+
+def test_what_received_things_must_agree_in():
+    net, x, y = dense(192, 16, 10), smooth(2, 3, 8, 8), torch.tensor([3, 1])
+    own = gradient(net, x, y)
+    with pytest.raises(ValueError, match="got 2 labels for a batch of 4"):
+        receive(net, own, image_shape=(3, 8, 8), batch_size=4, labels=y)
+    with pytest.raises(ValueError, match="an update is a mapping by name, a list, or a safetensors file, got NoneType"):
+        receive(net, None, image_shape=(3, 8, 8))
+    with pytest.raises(ValueError, match="bn_stats are of .'1'., and the batch norms of the model are"):
+        receive(net, own, image_shape=(3, 8, 8), bn_stats={"1": (torch.zeros(1), torch.ones(1))})
+
+
+def test_statistics_are_received_by_the_callers_names():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10)).eval()
+    own = gradient(net, smooth(1, 3, 8, 8), torch.tensor([3]))
+    obs = receive(net, own, image_shape=(3, 8, 8), bn_stats={"1": (torch.zeros(4), torch.ones(4))})
+    assert list(obs.bn_stats) == ["net.1"]
+
+
+def test_timms_batch_norm_with_an_activation_is_a_batch_norm():
+    pytest.importorskip("timm")
+    model = models.build("timm:mobilenetv3_small_050", num_classes=10, image_shape=(3, 64, 64))
+    threat = ThreatModel(knows_bn_stats=True, knows_buffers=True)
+    obs = observe(model, Batch(torch.rand(2, 3, 64, 64), torch.tensor([1, 2])), threat=threat, rng=G())
+    assert len(obs.bn_stats) == len(obs.buffers) == 34
+
+
+def test_statistics_of_a_batch_norm_of_ones_own_are_refused_by_name():
+    model = models.wrap(frozen_norm(), num_classes=10)
+    batch = Batch(torch.rand(2, 3, 8, 8), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="the statistics of Frozen can't be read"):
+        observe(model, batch, threat=ThreatModel(knows_bn_stats=True), rng=G())
+
+
+def test_a_planted_model_keeps_the_modes_and_types_of_its_layers():
+    norm = nn.BatchNorm2d(4).eval()
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Dropout(0.5).eval(), nn.Flatten(), nn.Linear(144, 10).double())
+    planted = models.with_front(models.wrap(net, num_classes=10), nn.Identity())
+    assert [layer.training for layer in planted.net.back] == [True, False, False, True, True]
+    assert planted.net.back[4].weight.dtype == torch.float64 and planted.net.back[0].weight.dtype == torch.float32
+
+
+class FunctionalDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(144, 10)
+
+    def forward(self, x):
+        return self.head(F.dropout(self.norm(self.conv(x)), 0.5, self.training).flatten(1))
+
+
+def test_a_function_that_drops_is_warned_of_and_leaves_the_global_generator(rng):
+    model = models.wrap(FunctionalDropout().train(), num_classes=10)
+    batch, before = Batch(torch.rand(2, 3, 8, 8), torch.tensor([1, 2])), torch.get_rng_state()
+    with pytest.warns(UserWarning, match="draws random numbers in the mode that the model is in"):
+        obs = observe(model, batch, threat=ThreatModel(knows_bn_stats=True, knows_labels=True), rng=rng)
+    attack = GradInversion(steps=2, restarts=1)
+    assert torch.equal(attack(obs, G()).images, attack(obs, G()).images)
+    receive(model, obs.gradient, image_shape=(3, 8, 8), labels=batch.labels)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_of_nothing_is_not_warned_of(rng):
+    model = models.wrap(nn.Sequential(nn.Flatten(), nn.Dropout(0.0), nn.Linear(192, 10)).train(), num_classes=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        observe(model, Batch(torch.rand(1, 3, 8, 8), torch.tensor([1])), rng=rng)
+
+
+def test_labels_of_ones_own_rule_serve_a_model_from_which_none_can_be_read(rng):
+    net = nn.Sequential(nn.Conv2d(3, 10, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    obs = observe(models.wrap(net, num_classes=10), Batch(torch.rand(1, 3, 8, 8), torch.tensor([3])), rng=rng)
+    with pytest.raises(NotApplicableError, match="no dense layer"):
+        InvertingGradients(steps=2)(obs, rng)
+    rec = InvertingGradients(steps=2, label_rule=lambda obs: torch.tensor([3]))(obs, rng)
+    assert rec.labels.tolist() == [3]
+
+
+@pytest.mark.filterwarnings("ignore:the closed form does not hold")
+def test_labels_that_are_known_are_put_in_order_and_never_replaced():
+    for seed in range(4):
+        torch.manual_seed(seed)
+        batch = Batch(torch.rand(4, 3, 8, 8), torch.randint(10, (4,)))
+        obs = observe(
+            models.wrap(dense(192, 16, 10), num_classes=10), batch, threat=ThreatModel(knows_labels=True), rng=G()
+        )
+        assert BiasRatio()(obs, G()).labels.sort().values.tolist() == obs.labels.tolist()
+
+
+class Hooked(nn.Module):
+    """Keeps what a layer has computed, as feature hooks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.acts = nn.Linear(192, 10), {"list": []}
+
+    def forward(self, x):
+        h = self.dense(x.flatten(1))
+        self.acts["list"] = [h]
+        return h
+
+
+def test_a_model_that_keeps_its_activations_is_copied(rng):
+    net = Hooked()
+    net(torch.rand(1, 3, 8, 8))
+    observe(models.wrap(net, num_classes=10), Batch(torch.rand(1, 3, 8, 8), torch.tensor([1])), rng=rng)
+
+
+def test_a_normalisation_of_other_channels_is_refused(rng):
+    model = models.wrap(dense(64, 10), num_classes=10, mean=(0.1, 0.2, 0.3), std=1.0)
+    with pytest.raises(ValueError, match="a mean of 3 channels and a std of 1, and the images have 1"):
+        observe(model, Batch(torch.rand(1, 1, 8, 8), torch.tensor([1])), rng=rng)
+
+
+def test_a_head_of_zeros_hides_no_parameters():
+    net = nn.Sequential(Listed(), nn.Linear(10, 4))
+    nn.init.zeros_(net[1].weight)
+    with pytest.raises(ValueError, match="past its attributes"):
+        attackers_copy(models.wrap(net, num_classes=4), (3, 8, 8))
+
+
+def test_timm_models_that_take_no_size_are_built():
+    pytest.importorskip("timm")
+    models.build("timm:fastvit_t8", num_classes=10, image_shape=(3, 64, 64))

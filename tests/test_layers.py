@@ -17,7 +17,7 @@ ABOVE = {  # module -> the modules of gi_lib that it may import
     "checkpoints": set(),
     "copies": {"types", "execution"},
     "priors": {"types", "copies", "matching"},
-    "models": {"types", "models"},
+    "models": {"types", "copies", "models"},
     "data": {"types", "data"},
     "labels": {"types", "models"},
     "federated": {"types", "execution", "copies", "models", "labels"},

@@ -21,6 +21,7 @@ least squares. a_n is .01 and not .2, which drowns short runs, as a public frame
 also found. The seed of least gradient distance is returned.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -91,7 +92,8 @@ def _same_slots(x: Seeds, y: Tensor) -> Seeds:
 class GradInversion:
     needs: ClassVar[Needs] = Needs(
         ("client", "batch_size", "bn_stats"),
-        model=(normalises_batches, labels.readable),
+        model=(normalises_batches,),
+        labels=True,
     )
     revision: ClassVar[int] = 1
 
@@ -138,8 +140,8 @@ class GradInversion:
             size = self.noise * self.lr * cosine_decay(k / self.steps)
             for row, own in zip(z, rngs, strict=True):
                 row.add_(torch.randn(row.shape, generator=own).to(row), alpha=size)
-            group = len(z) > 1 and k >= self.group_start * self.steps
-            if group and k % self.renew == 0:
+            since = k - math.ceil(self.group_start * self.steps)
+            if len(z) > 1 and since >= 0 and since % self.renew == 0:
                 E.copy_(registered_mean(z, y))
                 pull.fill_(self.group)
 

@@ -23,9 +23,7 @@ from gi_lib.types import Needs, Observation, Reconstruction, function
 
 @dataclass(frozen=True)
 class IDLG(DLG):
-    needs: ClassVar[Needs] = Needs(
-        ("client", "batch_size"), model=(labels.readable,), batch=1
-    )
+    needs: ClassVar[Needs] = Needs(("client", "batch_size"), labels=True, batch=1)
 
     label_rule: labels.LabelRule = labels.infer
 

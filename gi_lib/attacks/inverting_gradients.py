@@ -40,7 +40,7 @@ from gi_lib.types import (
 
 @dataclass(frozen=True)
 class InvertingGradients:
-    needs: ClassVar[Needs] = Needs(("client", "batch_size"), model=(labels.readable,))
+    needs: ClassVar[Needs] = Needs(("client", "batch_size"), labels=True)
     revision: ClassVar[int] = 1
 
     steps: int = 4800

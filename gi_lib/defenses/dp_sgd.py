@@ -8,20 +8,22 @@ in every local step: g_i is the gradient of one image alone, S the norm to which
 clipped, L the expected batch size. With nu = 0 it is clipping. The privacy that it buys
 is a matter of accounting over rounds (opacus.accountants), which is not done here.
 
-Departs from the paper: none; as in Opacus, 1e-6 is added to the norm before the
-division.
+Departs from the paper: a step's images are those of the client's schedule, where the
+paper draws each image with a probability (Poisson sampling), on which its accounting
+rests. As in Opacus, 1e-6 is added to the norm before the division.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gi_lib.copies import batch_norms, forward
+from gi_lib.copies import batch_norms, forward, strange_norms
 from gi_lib.defenses.base import Defense
-from gi_lib.federated import Client
+from gi_lib.federated import Client, LossGradient
 from gi_lib.types import Gradient, real, whole
 
 
@@ -32,6 +34,7 @@ class ClippedGradients:
     clip: float
     noise: float
     expected_batch: int | None
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     revision = 1
 
     def __call__(
@@ -42,20 +45,21 @@ class ClippedGradients:
         labels: Tensor,
         rng: torch.Generator | None = None,
     ) -> Gradient:
-        if any(norm.own_statistics for norm in batch_norms(model).values()):
+        mixing = any(norm.own_statistics for norm in batch_norms(model).values())
+        if mixing or (strange_norms(model) and model.training):
             raise ValueError(
                 "DP-SGD needs the gradient of each image alone, and batch norm in train"
                 " mode mixes the images; call .eval() on the model, or use group norm"
             )
 
         def one(theta: Gradient, x: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(
-                forward(model, x.unsqueeze(0), theta), y.unsqueeze(0)
-            )
+            return self.loss(forward(model, x.unsqueeze(0), theta), y.unsqueeze(0))
 
-        each = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))(
-            dict(theta), images, labels
-        )
+        each = torch.func.vmap(
+            torch.func.grad(one),
+            in_dims=(None, 0, 0),
+            randomness="same" if rng is None else "different",
+        )(dict(theta), images, labels)
         square = sum(g.flatten(1).square().sum(1) for g in each.values())
         assert isinstance(square, Tensor)
         share = (self.clip / (square.sqrt() + 1e-6)).clamp(max=1)
@@ -98,6 +102,10 @@ class DPSGD(Defense):
             whole(self, "expected_batch")
 
     def on_client(self, client: Client) -> Client:
-        return dataclasses.replace(
-            client, rule=ClippedGradients(self.clip, self.noise, self.expected_batch)
-        )
+        if not isinstance(client.rule, LossGradient):
+            raise ValueError(
+                "DP-SGD clips the gradient of each image's loss, and this client has"
+                f" another rule, {client.rule!r:.60}; give it loss_gradient.of(loss)"
+            )
+        settings = (self.clip, self.noise, self.expected_batch, client.rule.loss)
+        return dataclasses.replace(client, rule=ClippedGradients(*settings))

@@ -4,7 +4,6 @@ Every model takes images in [0, 1] and normalises them in its first layer. `buil
 batch norm uses its running statistics; call `.train()` to attack a client whose batch norm uses the batch's own.
 """
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from gi_lib.copies import deep_copy
 from gi_lib.models import foreign, networks
 from gi_lib.models.networks import Shape, Tokens
 from gi_lib.types import Classifier, check_shape, nearest
@@ -55,9 +55,11 @@ def with_front(model: Classifier, front: nn.Module) -> Classifier:
 
     The layers of both are at `net.front` and `net.back`.
     """
-    net = nn.Sequential(OrderedDict(front=front, back=copy.deepcopy(model.net)))
+    back: nn.Module = deep_copy(model).net  # type: ignore[assignment]
+    net = nn.Sequential(OrderedDict(front=front, back=back))
     planted = Classifier(net, mean=model.mean, std=model.std, num_classes=model.num_classes)
-    return planted.to(model.mean.dtype).train(model.training)
+    planted.mean, planted.std = model.mean.clone(), model.std.clone()
+    return planted
 
 
 def build(

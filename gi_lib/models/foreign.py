@@ -63,8 +63,14 @@ def _timm(name: str, num_classes: int, image_shape: Shape) -> Built:
         raise ValueError(f"timm:{name} needs the package timm (pip install timm)") from error
     if not timm.is_model(name):
         raise ValueError(nearest(name, timm.list_models(), "model of timm"))
-    more: dict[str, Any] = {"img_size": image_shape[1:]} if "vit_" in name or "mixer" in name else {}
-    net = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=image_shape[0], **more)
+    settings: dict[str, Any] = {"num_classes": num_classes, "in_chans": image_shape[0]}
+    try:  # transformers and mixers are built for one size
+        net = timm.create_model(name, pretrained=False, img_size=image_shape[1:], **settings)
+    except TypeError:
+        try:
+            net = timm.create_model(name, pretrained=False, **settings)
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise ValueError(f"timm:{name} can't be built for images {list(image_shape)}: {error}") from error
     normalisation = timm.get_pretrained_cfg(name, allow_unregistered=False)
     mean, std = (getattr(normalisation, kind, None) or (default,) for kind, default in (("mean", 0.0), ("std", 1.0)))
     channels = image_shape[0]
