@@ -288,7 +288,7 @@ def _mean(values: Sequence[float | None] | None, digits: str) -> str:
 def run(
     study: Annotated[Path, typer.Argument(help="A Python file with a list CASES; it is executed.")],
     out: Annotated[Path, typer.Option(help="Folder for NAME.jsonl and the pictures.")] = Path("results"),
-    workers: Annotated[int, typer.Option(help="Processes, each with one thread.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with one thread.")] = 1,
     limit: Annotated[
         float | None,
         typer.Option(
@@ -328,9 +328,13 @@ def run(
         if dask is not None:
             if limit is not None:
                 raise ValueError("--limit is for this machine's processes; Dask has limits of its own")
+            if own_limit is not None:
+                _complain(
+                    f"the study's LIMIT of {own_limit} seconds does not hold on Dask, which has limits of its own"
+                )
             engine: Any = bench.cluster(dask, workers)
         else:
-            engine = bench.pool(workers, limit or own_limit)
+            engine = bench.pool(workers, own_limit if limit is None else limit)
         with engine as executor:
             records = bench.run(cases, path, executor=executor, root=root, device=device)
     except KeyboardInterrupt:
@@ -350,6 +354,8 @@ def run(
 def _print_plan(
     left: Sequence["Case"], cases: Sequence["Case"], plan: Callable, root: Path | None, device: str, workers: int
 ) -> None:
+    from gi_lib.bench import key
+
     cells = plan(left, root, device)
     for cell in cells:
         if cell.reason is None:
@@ -359,8 +365,9 @@ def _print_plan(
     apply = [cell for cell in cells if cell.reason is None]
     hours = sum(cell.cases * cell.seconds for cell in apply) / 3600
     runs = sum(cell.cases for cell in apply)
+    total = len({key(case) for case in cases})
     print(
-        f"{len(cases) - len(left)} of {len(cases)} cases are done; {runs} run, {len(left) - runs} do not;"
+        f"{total - len(left)} of {total} cases are done; {runs} run, {len(left) - runs} do not;"
         f" about {hours:.2g} hours of one process, {hours / workers:.2g} with {workers}"
     )
 
@@ -379,6 +386,9 @@ def load_study(path: Path) -> "tuple[list[Case], float | None]":
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in Path("experiments").glob("*.py")))
         raise FileNotFoundError(f"there is no study at {path}{known and '; known: ' + known}")
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:
+        sys.path.append(folder)  # where the study's own modules lie
     try:
         found = runpy.run_path(str(path))
         cases = list(found.get("CASES") or ())
@@ -386,7 +396,10 @@ def load_study(path: Path) -> "tuple[list[Case], float | None]":
         raise ValueError(f"{path} could not be run: {type(error).__name__}: {error}") from error
     if not cases or not all(isinstance(case, Case) for case in cases):
         raise ValueError(f"{path} needs a list CASES of gi_lib.bench.Case with at least one entry")
-    return cases, found.get("LIMIT")
+    limit = found.get("LIMIT")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0):
+        raise ValueError(f"{path}: LIMIT is a number of seconds > 0, or None, got {limit!r:.60}")
+    return cases, limit
 
 
 @app.command()
@@ -511,6 +524,7 @@ LISTS = {Kind.attacks: _attacks, Kind.models: _models, Kind.datasets: _datasets,
 
 def main() -> None:
     """What the installed `gi` runs."""
+    sys.path.append("")  # a user's own models and attacks lie where the command is given
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that has no letter for a name shows a question mark

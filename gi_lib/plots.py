@@ -263,6 +263,8 @@ def _heat(row: Mapping | None, value: str, scale: Any) -> tuple[str, tuple[float
         return "does not\napply", white, "////"
     if not row["ok"]:
         return f"failed\n0/{row['n']}", white, "xxxx"
+    if row[value] != row[value]:
+        return f"missed\n{row['ok']}/{row['n']}", white, "////"
     return f"{row[value]:.1f}\n{row['ok']}/{row['n']}", scale.to_rgba(row[value]), ""
 
 

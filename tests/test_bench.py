@@ -12,12 +12,14 @@ import sys
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 
+import numpy as np
 import pytest
 import torch
 
 from gi_lib import Client, NotApplicableError, ThreatModel, bench, checkpoints, data, metrics, results
 from gi_lib.attacks import DLG, GradInversion, InvertingGradients, RobbingTheFed
 from gi_lib.bench import Case, key, run, text
+from gi_lib.bench.cases import identity
 from gi_lib.defenses import DPSGD, Defense, GaussianNoise
 from gi_lib.matching import squared_l2
 from gi_lib.types import Reconstruction
@@ -52,7 +54,7 @@ def test_a_record_says_everything(tmp_path):
     assert row["floor"] == pytest.approx(metrics.floor(images).tolist())
     assert row["restart_losses"] == [row["loss"]]
     assert row["versions"]["torch"] == torch.__version__
-    assert row["lpips"] is None
+    assert row["lpips"] is None and row["device"].endswith("1 thread") and row["budget"] == 3
     truth, images = results.read_picture(results.picture_path(tmp_path / "s.jsonl", row["key"]), 2)
     stored = metrics.psnr(images, truth)
     assert torch.allclose(stored, torch.tensor(row["psnr"], dtype=torch.float64), atol=0.1)
@@ -190,7 +192,7 @@ def test_processes_give_the_same_records(tmp_path):
     ("error", "kind", "message"),
     [
         (BrokenProcessPool("died"), RuntimeError, "worker processes could not start, or died.*fewer workers"),
-        (pickle.PicklingError("no such module"), ValueError, "can't be sent to a worker.*or use one worker"),
+        (pickle.PicklingError("no such module"), ValueError, "can't be sent to a worker.*beside the study"),
     ],
 )
 def test_a_broken_executor_says_what_to_do(tmp_path, error, kind, message):
@@ -331,6 +333,16 @@ CHANGES = {
 }
 
 
+def test_the_identity_of_a_case_outlives_its_revision(monkeypatch):
+    before = key(TINY), identity(TINY)
+    monkeypatch.setattr(InvertingGradients, "revision", 2)
+    assert key(TINY) != before[0] and identity(TINY) == before[1]
+
+
+def test_a_float_of_numpy_is_a_float():
+    assert text(DLG(lr=np.float64(0.5))) == text(DLG(lr=0.5))
+
+
 def test_every_field_but_the_profile_changes_the_key():
     assert CHANGES.keys() | {"profile"} == {field.name for field in dataclasses.fields(Case)}
     cases = [dataclasses.replace(TINY, **change) for change in CHANGES.values()]
@@ -418,8 +430,10 @@ def row_of(tmp_path, **change):
 
 
 def test_a_case_of_several_clients_and_of_train_mode(tmp_path):
-    row = row_of(tmp_path, model="resnet20", indices=(0, 1, 2, 3), clients=2, train=True)
+    setting = {"model": "resnet20", "indices": (0, 1, 2, 3), "clients": 2, "train": True}
+    row = row_of(tmp_path, **setting, threat=ThreatModel(knows_training_details=True))
     assert (row["status"], row["clients"], row["train"], row["returned"]) == ("ok", 2, True, 4)
+    assert row_of(tmp_path, **setting)["status"] == "not applicable"  # how many images each has is a detail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -464,7 +478,8 @@ def test_a_case_of_a_malicious_server(tmp_path):
     assert row["status"] == "ok" and row["threat_letter"] == "G" and row["returned"] <= 8
     exact = [value for value in row["psnr"] if value is not None and value > 100]
     assert len(exact) >= 4 and row["recall"] == row["image_precision"] * row["returned"] / 8
-    assert row["psnr"].count(None) == 8 - row["returned"] and row["label_accuracy"] is None
+    assert row["psnr"].count(None) == 8 - row["returned"]
+    assert row["label_accuracy"] == (1.0 if row["returned"] == 8 else None)
     denied = row_of(tmp_path, attack=attack, threat=ThreatModel(malicious_server=True))
     assert denied["status"] == "failed" and "give it auxiliary data" in denied["error"]
 
@@ -474,7 +489,7 @@ def test_a_case_of_trained_weights_of_our_own(tmp_path, monkeypatch):
     with torch.no_grad():
         model.net[0].weight.fill_(0.25)
     reference = checkpoints.save("lenet_digits", model.state_dict(), tmp_path)
-    monkeypatch.setattr(checkpoints.load, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(checkpoints, "FOLDER", tmp_path)
     trained = bench.network(dataclasses.replace(TINY, weights=reference), data.load("digits"), None)
     assert (trained.net[0].weight == 0.25).all()
     row = row_of(tmp_path, weights=reference)
@@ -524,7 +539,10 @@ class Wrong:
             return Reconstruction(images[..., 1:], y, 0.0)
         if self.how == "labels":
             return Reconstruction(images, y.float(), 0.0)
+        if self.how == "evaluations":
+            return Reconstruction(images, y, 0.0, gradient_evaluations=torch.tensor(5))
         raise {
+            "surrogate": ValueError("bad name \udcff"),
             "exit": SystemExit(3),
             "OSError": OSError(errno.ENOSPC, "No space left on device"),
             "unspeakable": Unspeakable(),
@@ -540,6 +558,8 @@ WRONG = {
     "too many": "returned 2 images, and may return 1: the best of many guesses flatters",
     "other size": r"returned images \[1, 8, 7\], the private ones are \[1, 8, 8\]",
     "labels": r"labels must be int64 \[1\]",
+    "evaluations": "gradient_evaluations: Input should be a valid integer",
+    "surrogate": "bad name ",
     "exit": "SystemExit: 3",
     "OSError": "OSError: .*No space left",
     "unspeakable": "Unspeakable, whose text can't be had",

@@ -83,7 +83,7 @@ def test_attack_of_a_malicious_server_is_granted_what_it_needs(gi):
     assert "RobbingTheFed(bins=16, surrogates=500); ThreatModel(has_auxiliary_data=True, malicious_server=True)" in (
         done.output
     )
-    assert "labels unknown" in done.output and "matching loss unknown" in done.output
+    assert "labels 100%" in done.output
 
 
 def test_attack_on_a_librarys_model(gi):
@@ -293,3 +293,44 @@ def test_a_terminal_that_lacks_a_letter_shows_a_question_mark(encoding):
     environment = {"PYTHONIOENCODING": encoding, "PATH": "", "COLUMNS": "100"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
     assert done.returncode == 0 and b"H?ggstr?m" in done.stdout
+
+
+@pytest.mark.parametrize("limit", ["'soon'", "0", "True", "-1"])
+def test_a_limit_that_is_no_time_is_refused(gi, limit):
+    Path("tiny.py").write_text(f"{STUDY}LIMIT = {limit}\n")
+    done = gi("run", "tiny.py")
+    assert done.exit_code == 2 and "LIMIT is a number of seconds > 0, or None" in done.stderr
+
+
+def test_dask_says_that_the_studys_limit_does_not_hold(gi, monkeypatch):
+    monkeypatch.setattr(bench, "cluster", lambda address, workers: nullcontext())
+    Path("tiny.py").write_text(f"{STUDY}LIMIT = 9\n")
+    assert "the study's LIMIT of 9 seconds does not hold on Dask" in gi("run", "tiny.py", "--dask", "local").stderr
+
+
+def test_a_plan_goes_on_after_a_cell_that_fails_and_counts_a_case_once(gi):
+    more = "CASES = [*CASES, *CASES, Case(InvertingGradients(), 'lenet', 'digits', (0,), weights='net@0123abcd')]\n"
+    Path("tiny.py").write_text(STUDY + more)
+    done = gi("run", "tiny.py", "--plan")
+    assert done.exit_code == 0 and "there is no checkpoint" in done.stdout
+    assert "0 of 4 cases are done; 3 run, 1 do not" in done.stdout
+
+
+def test_models_and_attacks_lie_beside_the_study_or_where_the_command_is_given(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from gi_lib.attacks import DLG\nfrom torch import nn\n"
+        "class Mine(DLG): pass\n"
+        "def net(num_classes, image_shape): return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
+    study = "from gi_lib.bench import Case\nfrom mine import Mine\n"
+    study += "CASES = [Case(Mine(steps=1, max_iter=2), 'mine:net', 'digits', (0,))]\n"
+    (tmp_path / "own.py").write_text(study)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = [str(Path(sys.executable).with_name("gi"))]
+    for arguments, folder in (
+        (["attack", "dlg", "--steps", "1", "--model", "mine:net"], tmp_path),
+        (["run", "../own.py"], elsewhere),
+    ):
+        done = subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

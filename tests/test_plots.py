@@ -127,6 +127,12 @@ def test_heatmap_says_in_words_what_each_cell_holds(study):
     assert figure._repr_html_().startswith("<img")
 
 
+def test_heatmap_says_that_all_images_were_missed(study):
+    frame = results.read(study)
+    frame = frame.assign(psnr=[[None] * len(indices) for indices in frame["indices"]])
+    assert "missed" in plots.heatmap(frame).alt and "nan" not in plots.heatmap(frame).alt
+
+
 def test_heatmap_tells_failed_from_not_applicable_without_colour(study):
     frame = results.read(study)
     failed = frame[frame["status"] == "failed"]

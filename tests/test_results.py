@@ -28,7 +28,7 @@ def record(key="a", status="ok", **fields):
     case |= {"device": "a processor", "precision": "float32", "versions": {"torch": "2.6"}, "started": "2026-01-01"}
     row = dict.fromkeys(results.Record.__annotations__) | case
     row |= scores | cost if status == "ok" else {}
-    return row | {"key": key, "status": status} | fields
+    return row | {"key": key, "case": key, "budget": 3, "status": status} | fields
 
 
 def test_what_is_appended_is_read(tmp_path):
@@ -225,12 +225,12 @@ def test_the_cost_of_the_first_identified_image():
 )
 def test_a_plateau_is_where_a_third_of_the_budget_gives_the_same(tmp_path, psnr, identified, enough):
     path = tmp_path / "study.jsonl"
-    rows = [record("a"), record("b", attack_text="DLG(steps=9)", steps=9, psnr=psnr, identified=identified)]
-    rows.append(record("c", attack_text="DLG(steps=9, lr=0.5)", steps=9))  # another setting
-    rows.append(record("d", attack_text="DLG(steps=30)", steps=30, seed=1))  # other draws of the network
+    rows = [record("a"), record("b", attack_text="DLG(steps=9)", budget=9, psnr=psnr, identified=identified)]
+    rows.append(record("c", attack_text="DLG(steps=9, lr=0.5)", budget=9))  # another setting
+    rows.append(record("d", attack_text="DLG(steps=30)", budget=30, seed=1))  # other draws of the network
     for row in rows:
         results.append(path, row)
-    found = results.plateau(results.read(path)).set_index(["setting", "steps"])
+    found = results.plateau(results.read(path)).set_index(["setting", "budget"])
     nine = found.loc[("DLG()", 9)]
     assert (nine["below"], nine["images"], nine["plateau"]) == (3, 2, enough)
     assert found.loc[("DLG()", 3)]["plateau"] is None and found.loc[("DLG(lr=0.5)", 9)]["plateau"] is None
@@ -241,15 +241,15 @@ def test_images_that_flip_are_counted_by_the_difference_of_counts(tmp_path):
     path = tmp_path / "study.jsonl"
     for i in range(2):
         results.append(path, record(f"a{i}", seed=i, identified=[False, False]))
-        row = record(f"b{i}", seed=i, attack_text="DLG(steps=9)", steps=9, identified=[False, True])
+        row = record(f"b{i}", seed=i, attack_text="DLG(steps=9)", budget=9, identified=[False, True])
         results.append(path, row)
-    found = results.plateau(results.read(path)).set_index("steps").loc[9]
+    found = results.plateau(results.read(path)).set_index("budget").loc[9]
     assert (found["identified"], found["decibels"], found["plateau"]) == (2, 0, False)
 
 
 def test_summarise_knows_its_columns(tmp_path):
     results.append(tmp_path / "study.jsonl", record())
-    with pytest.raises(ValueError, match="no column atack; known: key, status"):
+    with pytest.raises(ValueError, match="no column atack; known: key, case, status"):
         results.summarise(results.read(tmp_path), by=["atack"])
 
 
@@ -276,3 +276,59 @@ def test_a_picture_keeps_every_byte(tmp_path, channels):
 def test_a_picture_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="a failed case has none"):
         results.read_picture(tmp_path / "p.png", 1)
+
+
+def test_of_two_revisions_of_a_case_the_later_counts(tmp_path):
+    path = tmp_path / "study.jsonl"
+    results.append(path, record("old", case="c"))
+    results.append(path, record("new", case="c", psnr=[40.0, 50.0]))
+    assert [row["key"] for row in results.rows(path)] == ["new"]
+    assert results.summarise(results.read(path)).iloc[0]["n"] == 1
+
+
+def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
+    path = tmp_path / "study.jsonl"
+    for key in "ab":
+        results.append(path, record(key))
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    assert [row["key"] for row in results.rows(path)] == ["a", "b"]
+    results.append(path, record("c"))
+    assert [row["key"] for row in results.rows(path)] == ["a", "b", "c"]
+
+
+def test_a_plateau_is_of_the_budgets_and_not_of_the_steps_that_were_taken(tmp_path):
+    path = tmp_path / "study.jsonl"
+    for seed in range(4):
+        for budget in (30, 90):  # it settles early, whatever it was allowed
+            text = f"DLG(steps={budget})"
+            results.append(
+                path, record(f"{budget}-{seed}", seed=seed, attack_text=text, budget=budget, steps=4 + 2 * seed)
+            )
+        results.append(path, record(f"closed-{seed}", seed=seed, attack_text="BiasRatio()", budget=None, steps=0))
+    found = results.plateau(results.read(path)).set_index("budget")
+    assert sorted(found.index) == [30, 90]
+    assert (found.loc[90]["below"], found.loc[90]["images"], found.loc[90]["plateau"]) == (30, 8, True)
+
+
+def test_splits_are_kept_apart(tmp_path):
+    path = tmp_path / "study.jsonl"
+    for split in ("train", "test"):
+        results.append(path, record(split, split=split))
+    assert len(results.summarise(results.read(path))) == 2
+
+
+CURVE = {"evaluations": [0, 1], "seconds": [0.0, 1.0], "psnr": [[1.0, 2.0]] * 2, "identified": [[True, False]] * 2}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"started": "yesterday"}, "started: Invalid isoformat"),
+        ({"psnr": None}, "psnr: missing, and the status is ok"),
+        ({"curve": CURVE | {"seconds": [0.0]}}, "curve: its lists have different lengths"),
+        ({"curve": CURVE | {"psnr": [[1.0]] * 2}}, "curve: not 2 values for each snapshot"),
+    ],
+)
+def test_what_would_stop_a_reader_is_refused_with_its_line(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        results.append(tmp_path / "s.jsonl", record() | wrong)

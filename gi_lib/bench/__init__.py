@@ -208,7 +208,7 @@ def _result(future: Future, case: Case, device: str) -> Measured | None:
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
             f"a case can't be sent to a worker process ({error}); define its attack in a module that can be"
-            " imported, or use one worker"
+            " imported, such as a file beside the study"
         ) from error
     except Exception as error:
         if type(error).__name__ == "ProcessExpired":  # Pebble's, of the one process that ran this case

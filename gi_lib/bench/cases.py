@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,7 +146,9 @@ def text(value: Any, *, brief: bool = False) -> str:
         return f"{name}({', '.join(fields)}){'' if brief else _revision(cls)}"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(text(v, brief=brief) for v in value) + "]"
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, float):
+        return repr(float(value))  # a float of numpy's writes its class as well
+    if value is None or isinstance(value, bool | int | str):
         return repr(value)
     name = getattr(value, "__qualname__", "<")
     if "<" in name:
@@ -159,6 +162,14 @@ def text(value: Any, *, brief: bool = False) -> str:
 def _revision(thing: object) -> str:
     number = getattr(thing, "revision", None)
     return f"#{number}" if isinstance(number, int) else ""
+
+
+def identity(case: Case) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of the case's text without any revision.
+
+    Two records of one identity are of the same case, made by different revisions: the later one counts.
+    """
+    return hashlib.sha256(re.sub(r"#\d+", "", text(case)).encode()).hexdigest()[:12]
 
 
 def key(case: Case) -> str:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from gi_lib import checkpoints, data, metrics, models, provenance
 from gi_lib.attacks import ATTACKS
-from gi_lib.bench.cases import Case, key, text
+from gi_lib.bench.cases import Case, identity, key, text
 from gi_lib.bench.cost import peak_mb, reset_peak, training_step_seconds
 from gi_lib.execution import clock
 from gi_lib.federated import observe
-from gi_lib.results import Progress, Record
+from gi_lib.results import Progress, Record, checked
 from gi_lib.types import Batch, Classifier, Images, NotApplicableError, Observation, Reconstruction, Scores
 
 CANDIDATES = 500
@@ -43,7 +43,8 @@ def measure(case: Case, root: Path | None, device: str) -> Measured:
         OSError: the disk is full, outside the attack.
     """
     try:
-        return attempt(case, root, device)
+        record, picture = attempt(case, root, device)
+        return checked(record), picture
     except AttackError as error:
         cause = error.__cause__ or error
         status = "not applicable" if isinstance(cause, NotApplicableError) else "failed"
@@ -58,20 +59,21 @@ def measure(case: Case, root: Path | None, device: str) -> Measured:
 
 def failed(case: Case, device: str, reason: str, status: str = "failed") -> Measured:
     """The record of a case that has come to nothing."""
-    return {**_begin(case, device), "status": status, "error": reason}, None
+    with _one_thread():
+        return {**_begin(case, device), "status": status, "error": reason}, None
 
 
 def _said(error: BaseException) -> str:
     try:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}".encode(errors="replace").decode()
     except Exception as inner:  # noqa: BLE001 # an exception of the user's own, whose text raises
         return f"{type(error).__name__}, whose text can't be had ({type(inner).__name__})"
 
 
 def attempt(case: Case, root: Path | None, device: str) -> Measured:
     """`measure`, but a failure raises: AttackError where it is the attack's, with what it raised as its cause."""
-    record = _begin(case, device)
     with _one_thread(), torch.random.fork_rng(devices=[]):
+        record = _begin(case, device)
         dataset = data.load(case.dataset, split=case.split, size=case.size, root=root)
         batch = dataset.batch(case.indices)
         model = network(case, dataset, root).to(device, torch.float64 if case.double else torch.float32)
@@ -238,7 +240,7 @@ def _curve(rec: Reconstruction, batch: Batch, candidates: Tensor) -> Progress | 
 
 
 def _notes(notes: dict[str, Any]) -> dict[str, Any] | None:
-    plain = {name: value for name, value in notes.items() if isinstance(value, str | bool | int | float | None)}
+    plain = {str(name): value for name, value in notes.items() if isinstance(value, str | bool | int | float | None)}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()} or None
 
 
@@ -269,7 +271,9 @@ def network(case: Case, dataset: data.Dataset, root: Path | None) -> Classifier:
         shape |= {"mean": dataset.mean, "std": dataset.std}
     model = models.build(case.model, **shape, seed=case.seed)
     if case.weights is not None:
-        tensors = checkpoints.load(case.weights)
+        folders = (checkpoints.FOLDER, data.root(root) / checkpoints.FOLDER.name)
+        there = (folder for folder in folders if (folder / f"{case.weights}.safetensors").is_file())
+        tensors = checkpoints.load(case.weights, next(there, folders[0]))
         try:
             model.load_state_dict({name: value.to(model.mean.dtype) for name, value in tensors.items()})
         except RuntimeError as error:
@@ -286,8 +290,10 @@ _SAME = (
 
 def _begin(case: Case, device: str) -> Record:
     known = {cls: name for name, cls in ATTACKS.items()}
+    budget, restarts = (getattr(case.attack, name, None) for name in ("steps", "restarts"))
     values = {
         "key": key(case),
+        "case": identity(case),
         "status": "ok",
         "attack": known.get(type(case.attack), getattr(type(case.attack), "__name__", "")),
         "attack_text": text(case.attack, brief=True),
@@ -297,7 +303,8 @@ def _begin(case: Case, device: str) -> Record:
         "defense": None if case.defense is None else text(case.defense, brief=True),
         "client": str(case.client),
         "batch_size": len(case.indices),
-        "restarts": getattr(case.attack, "restarts", 1),
+        "budget": budget if isinstance(budget, int) else None,
+        "restarts": restarts if isinstance(restarts, int) else 1,
         "device": provenance.device_name(device),
         "precision": "float64" if case.double else provenance.precision(device),
         "versions": provenance.versions(),

@@ -66,7 +66,7 @@ def _tried(name: str, cases: list[Case], root: Path | None, device: str) -> Cell
         except AttackError as error:
             cause = error.__cause__ or error
             return Cell(name, len(cases), f"{cause}", None)
-        except ValueError as error:
+        except Exception as error:  # noqa: BLE001 # one cell's, whatever it is
             return Cell(name, len(cases), f"{error}", None)
         whole = time.perf_counter() - start
         seconds.append(record["seconds"] or 0.0)

@@ -1,6 +1,6 @@
 """Records: one flat JSON row for each case that ran, in `results/<study>.jsonl`, with its picture beside it.
 
-A file is only ever appended to, under a lock, one line in one write. Where a key occurs more than once, its last line
+A file is only ever appended to, under a lock, one line in one write. Where a case occurs more than once, its last line
 counts. Every row that is written or read is validated.
 """
 
@@ -10,7 +10,8 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "append",
     "bitmap",
     "bootstrap",
+    "checked",
     "first_identified",
     "lock",
     "picture_path",
@@ -45,7 +47,10 @@ __all__ = [
 
 
 class Progress(TypedDict):
-    """A run scored at its snapshots, each an entry: what the attack would have returned had it been stopped there."""
+    """A run scored at its snapshots, each an entry: what the attack would have returned had it been stopped there.
+
+    Snapshots lie between steps. One of L-BFGS has many gradient evaluations, so that its curve has few entries.
+    """
 
     evaluations: list[int]
     """Gradient evaluations so far, all restarts together."""
@@ -61,6 +66,8 @@ class Record(TypedDict):
 
     key: str
     """Hash of the case's text, 12 hexadecimal digits."""
+    case: str
+    """The same without revisions: of rows of one case, made by different revisions, the last counts."""
     status: str
     """"ok", "failed", or "not applicable": the attack can't be run on this model or batch."""
     error: str | None
@@ -125,6 +132,9 @@ class Record(TypedDict):
     cpu_seconds: float | None
     """The processor's time for the attack, on a GPU wall time; null in records before version 0.2."""
     steps: int | None
+    """Steps that were taken."""
+    budget: int | None
+    """Steps that were allowed; null for an attack that takes none."""
     restarts: int
     gradient_evaluations: int | None
     training_step_seconds: float | None
@@ -190,6 +200,18 @@ def _check_lengths(row: Record) -> None:
             raise ValueError(f"{name}: {len(values[name])} values for {images} images")
     if row["status"] not in ("ok", "failed", "not applicable"):
         raise ValueError(f"status: {row['status']!r} is none of ok, failed, not applicable")
+    if row["status"] == "ok" and row["psnr"] is None:
+        raise ValueError("psnr: missing, and the status is ok")
+    try:
+        datetime.fromisoformat(row["started"])
+    except ValueError as error:
+        raise ValueError(f"started: {error}") from error
+    if curve := row["curve"]:
+        marks = len(curve["evaluations"])
+        if {len(curve["seconds"]), len(curve["psnr"]), len(curve["identified"])} != {marks}:
+            raise ValueError("curve: its lists have different lengths")
+        if any(len(values) != images for values in curve["psnr"] + curve["identified"]):
+            raise ValueError(f"curve: not {images} values for each snapshot")
 
 
 @contextmanager
@@ -221,8 +243,8 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 def append(path: Path, record: Record) -> None:
     """Add one line to a file of records, and wait until it is on the disk. Processes that append take turns.
 
-    What an interrupted write left of a last line is cut off first. If the line can't be written whole,
-    nothing of it stays.
+    What an interrupted write left of a last line is cut off first; a whole line that only lacks its end gets one.
+    If the line can't be written whole, nothing of it stays.
 
     Raises:
         OSError: the disk is full, or the file can't be written.
@@ -235,6 +257,10 @@ def append(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.with_name(path.name + ".lock")), open(path, "a+b", buffering=0) as file:
         end = _end_of_whole_lines(file)
+        file.seek(end)
+        if _whole(file.read()):
+            end = file.seek(0, os.SEEK_END)
+            line = b"\n" + line
         file.truncate(end)
         try:
             written = file.write(line)
@@ -259,8 +285,16 @@ def _end_of_whole_lines(file: Any, block: int = 65536) -> int:
     return 0
 
 
+def _whole(line: bytes) -> bool:
+    """Whether what stands behind the last line's end is a record that lacks only its own."""
+    with suppress(ValueError):
+        _check_lengths(_validator().validate_json(line))
+        return True
+    return False
+
+
 def rows(path: Path) -> list[Record]:
-    """The rows of one file, the last of each key, in the order in which the keys first came.
+    """The rows of one file, the last of each case, in the order in which the cases first came.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -273,7 +307,9 @@ def rows(path: Path) -> list[Record]:
         raise FileNotFoundError(f"no records at {path}; {_ORIGIN}")
     newest: dict[str, Record] = {}
     *lines, rest = path.read_bytes().split(b"\n")
-    if rest:
+    if rest and _whole(rest):
+        lines.append(rest)
+    elif rest:
         warnings.warn(
             f"{path}:{len(lines) + 1}: the last line is torn and left out; its case runs again with the next run",
             stacklevel=2,
@@ -287,7 +323,7 @@ def rows(path: Path) -> list[Record]:
             raise ValueError(
                 f"{path}:{number}: this line is not a record ({reason}); restore the file, or delete the line"
             ) from error
-        newest[row["key"]] = row
+        newest[row["case"]] = row
     return list(newest.values())
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _USUAL = ("attack", "model", "weights", "dataset", "threat")
 _SETTINGS = (
-    *("size", "client", "batch_size", "defense", "train", "clients", "rounds", "auxiliary", "precision"),
+    *("split", "size", "client", "batch_size", "defense", "train", "clients", "rounds", "auxiliary", "precision"),
     "attack_text",
 )
 
@@ -111,7 +111,7 @@ def first_identified(record: dict) -> dict[str, float] | None:
     return None
 
 
-_CELL = ("attack", "model", "weights", "dataset", "split", "threat", *_SETTINGS[:-1])
+_CELL = (*_USUAL, *_SETTINGS[:-1])
 DECIBELS, IMAGES = 0.5, 1
 """A budget was enough where a third of it gives less than DECIBELS another mean, and at most IMAGES other ones."""
 
@@ -126,26 +126,26 @@ def plateau(frame: pd.DataFrame) -> pd.DataFrame:
         frame: from `read`.
 
     Returns:
-        One row for each cell and budget, with what makes the cell, setting (the attack without its steps), steps, below
-        (the steps of the smaller budget, NaN where there is none of 1/5 to 1/2), images, decibels (the difference of
+        One row for each cell and budget, with what makes the cell, setting (the attack without its steps), budget (in
+        steps), below (the smaller budget, NaN where there is none of 1/5 to 1/2), images, decibels (the difference of
         mean PSNR), identified (the difference of counts), plateau (True, False, or None where nothing was compared).
     """
     import pandas as pd
 
-    done = frame[(frame["status"] == "ok") & frame["steps"].notna()]
+    done = frame[(frame["status"] == "ok") & frame["budget"].notna()]
     done = done.assign(setting=done["attack_text"].str.replace(r"(?<![\w])steps=\d+(, )?", "", regex=True))
     found = []
     by = [*_CELL, "setting"]
     for cell, cases in done.groupby(by, dropna=False, sort=False):
-        budgets = dict(list(cases.groupby("steps")))
-        for steps, part in budgets.items():
-            smaller = [s for s in budgets if 2 <= steps / s <= 5]
-            row = dict(zip(by, cell, strict=True)) | {"steps": steps, "below": np.nan, "plateau": None}
+        budgets = dict(list(cases.groupby("budget")))
+        for budget, part in budgets.items():
+            smaller = [b for b in budgets if 2 <= budget / b <= 5]
+            row = dict(zip(by, cell, strict=True)) | {"budget": budget, "below": np.nan, "plateau": None}
             if smaller:
-                below = min(smaller, key=lambda s: abs(steps / s - 3))
+                below = min(smaller, key=lambda b: abs(budget / b - 3))
                 row |= {"below": below} | _compared(part, budgets[below])
             found.append(row)
-    return pd.DataFrame(found, columns=[*by, "steps", "below", "images", "decibels", "identified", "plateau"])
+    return pd.DataFrame(found, columns=[*by, "budget", "below", "images", "decibels", "identified", "plateau"])
 
 
 def _compared(more: pd.DataFrame, less: pd.DataFrame) -> dict:
