@@ -428,6 +428,12 @@ def forward(model: nn.Module, images: Tensor, theta: Gradient | None = None) -> 
         return functional_call(model, {**theta, **others}, (images,), tie_weights=False)
 
 
+def own_parameters(model: nn.Module) -> Parameters:
+    """The model's own parameters; waits while a thread has put others in their place."""
+    with _PASSES.plain():
+        return Parameters(model)
+
+
 def ties(model: nn.Module) -> dict[str, str]:
     """Where a parameter is shared by several layers: its other names -> the one in model.named_parameters()."""
     names = {id(p): name for name, p in model.named_parameters()}

@@ -28,6 +28,7 @@ from gi_lib.copies import (
     inputs_of_batch_norms,
     masks,
     number_of_logits,
+    own_parameters,
     strange_norms,
     unwrapped,
 )
@@ -224,7 +225,7 @@ class Client:
             rng: what the client's own randomness draws from. Without it, as in an attacker's simulation, a rule's
                 noise is left out, and what the model draws is the same at each call.
         """
-        theta = Parameters(model) if theta is None else theta
+        theta = own_parameters(model) if theta is None else theta
         if not in_functorch() and not all(p.requires_grad for p in theta.values()):
             theta = {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in theta.items()}
         graph = torch.is_grad_enabled()
@@ -281,7 +282,7 @@ class Clients:
         theta: Gradient | None = None,
         order: Order | None = None,
     ) -> Gradient:
-        if self.thetas and theta is not None and not isinstance(theta, Parameters):
+        if self.thetas and theta is not None:
             raise ValueError("each of these clients starts from a model of its own; theta can't replace them")
         order, steps = order or self.schedule(), self.client.steps
         sent = []
@@ -393,7 +394,7 @@ def observe(
     """
     batches = [batches] if isinstance(batches, Batch) else list(batches)
     models = [models] * len(batches) if isinstance(models, nn.Module) else list(models)
-    _check_request(models, batches, threat, trapdoor, auxiliary, earlier)
+    _check_request(models, batches, client, threat, defense, trapdoor, auxiliary, earlier)
     shape: tuple[int, int, int] = tuple(batches[0].images.shape[1:])  # type: ignore[assignment]
     client_run = client
     if defense is not None:
@@ -458,11 +459,17 @@ def observe(
 def _check_request(
     models: Sequence[nn.Module],
     batches: Sequence[Batch],
+    client: Client,
     threat: ThreatModel,
+    defense: Any,
     trapdoor: object,
     auxiliary: Auxiliary | None,
     earlier: Sequence[Observation],
 ) -> None:
+    if not isinstance(client, Client) or not isinstance(threat, ThreatModel):
+        raise ValueError(f"observe needs a Client and a ThreatModel, got {client!r:.60} and {threat!r:.60}")
+    if defense is not None and not hasattr(defense, "on_update"):
+        raise ValueError(f"observe needs a Defense of gi_lib.defenses with its settings, or None, got {defense!r:.60}")
     if not batches or not all(isinstance(batch, Batch) for batch in batches):
         raise ValueError("observe needs the private Batch of at least one client")
     if len(models) != len(batches):

@@ -378,7 +378,7 @@ class Observation:
             raise WithheldError(f"simulate needs {what}; observe with ThreatModel({grants})")
         self._check_guess(images, labels)
         try:
-            return self.client(self.model, images, labels, theta=theta or Parameters(self.model), order=self.order)
+            return self.client(self.model, images, labels, theta=theta, order=self.order)
         except IndexError as error:  # the labels' values are not looked at: on a GPU that would wait for it
             raise ValueError(f"labels must be classes from 0 to {self.num_classes - 1} ({error})") from error
 

@@ -490,6 +490,9 @@ REQUESTS = [
     ({"batches": ["a"]}, "needs the private Batch of at least one client"),
     ({"models": ["twice"]}, "got 2 models for 1 clients"),
     ({"batches": ["other size"]}, "images have different shapes; resize them"),
+    ({"client": None}, "observe needs a Client and a ThreatModel, got None"),
+    ({"threat": "A"}, "observe needs a Client and a ThreatModel"),
+    ({"defense": "dp_sgd"}, "observe needs a Defense of gi_lib.defenses with its settings, or None, got 'dp_sgd'"),
 ]
 
 
@@ -505,7 +508,7 @@ def test_a_request_that_does_not_fit_is_refused(client, rng, change, message):
         models_ = [obs.model, obs.model]
         batches = [batch]
     with pytest.raises(ValueError, match=message):
-        observe(models_, batches, threat=change.get("threat", ThreatModel()), rng=rng)
+        observe(models_, batches, **{k: v for k, v in change.items() if k not in ("models", "batches")}, rng=rng)
 
 
 @pytest.mark.parametrize("value", ["no", 1, None])
