@@ -35,6 +35,7 @@ class ClippedGradients:
     noise: float
     expected_batch: int | None
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    """Of one image: (logits [1, K], label [1] or soft label [1, K]) -> a scalar."""
     revision = 1
 
     def __call__(
