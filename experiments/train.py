@@ -59,7 +59,14 @@ def main(
             train(net, everything.images, everything.labels, epochs, torch.Generator().manual_seed(seed))
         return net.state_dict()
 
-    recipe = (f"train#{REVISION}", model, own.hash(range(len(own))), str(epochs), str(seed))
+    entry = models.MODELS.get(model)
+    recipe = (
+        f"train#{REVISION}",
+        f"{model}#{entry and entry.revision}",
+        own.hash(range(len(own))),
+        str(epochs),
+        str(seed),
+    )
     tensors, reference = checkpoints.cached(f"{model}_{dataset}", recipe, make, out)
     net.load_state_dict(tensors)
     test = other.batch(range(len(other)))

@@ -117,7 +117,8 @@ def certified(obs: Observation, images: Tensor, label_rule: LabelRule) -> Recons
         losses = [squared_l2(obs.simulate(images, y), obs.gradient).detach() for y in found]
     except NotApplicableError as error:
         reason = {"certified": None, "relative_error": None, "why": str(error)}
-        return Reconstruction(images=images, labels=None, loss=math.nan, notes=reason)
+        known = None if obs.labels is None or len(obs.labels) != len(images) else obs.labels
+        return Reconstruction(images=images, labels=known, loss=math.nan, notes=reason)
     loss, y = min(zip(losses, found, strict=True), key=lambda pair: pair[0].nan_to_num(torch.inf).item())
     size = squared_l2({name: torch.zeros_like(g) for name, g in obs.gradient.items()}, obs.gradient)
     apart = (loss / size).sqrt().item()

@@ -448,3 +448,11 @@ def test_dlg_fails_when_relu_takes_the_sigmoids_place(monkeypatch):
 def test_inverting_gradients_recovers_a_digit_from_an_mlp():
     _, scores, _ = attacked("mlp", InvertingGradients(steps=100))
     assert scores.psnr.item() > 15
+
+
+def test_labels_that_are_known_stay_known_where_nothing_can_be_certified(rng):
+    batch = Batch(torch.rand(1, 1, 8, 8), torch.tensor([3]))
+    model = models.build("mlp", num_classes=10, image_shape=(1, 8, 8))
+    obs = observe(model, batch, client=Client(steps=2), threat=ThreatModel(knows_labels=True), rng=rng)
+    rec = BiasRatio()(obs, rng)
+    assert rec.labels.tolist() == [3] and rec.notes["certified"] is None
