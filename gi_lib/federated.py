@@ -637,7 +637,7 @@ def receive(
     if bare:
         model = _wrapped(model, image_shape, num_classes, mean, std)
     if None not in (batch_size, labels) and len(labels) != batch_size:  # type: ignore[arg-type]
-        raise ValueError(f"got {len(labels)} labels for a batch of {batch_size}; give one a image")  # type: ignore[arg-type]
+        raise ValueError(f"got {len(labels)} labels for a batch of {batch_size}; give one for each image")  # type: ignore[arg-type]
     size = batch_size if labels is None else len(labels)
     copy = attackers_copy(model, image_shape, min(2, size or 2))
     gradient, state = _matched(copy, bare, update)

@@ -579,3 +579,16 @@ def test_what_an_attack_does_wrong_is_a_failed_row_with_a_sentence(tmp_path, how
 def test_what_an_attack_lacks_is_said(tmp_path):
     row = row_of(tmp_path, attack=GradInversion(steps=2, restarts=1))
     assert row["status"] == "not applicable" and "GradInversion needs the batch-norm statistics" in row["error"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conceal(Defense):
+    """Trains on an image beside the private one."""
+
+    def on_batch(self, images, labels, rng):
+        return torch.cat([images, 1 - images]), torch.cat([labels, (labels + 1) % 10])
+
+
+def test_a_defense_may_add_images_to_the_batch(tmp_path):
+    row = row_of(tmp_path, defense=Conceal())
+    assert (row["status"], row["batch_size"], row["returned"], len(row["psnr"])) == ("ok", 1, 2, 1)

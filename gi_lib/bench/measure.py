@@ -181,7 +181,7 @@ def _with_snapshots(attack: Any) -> Any:
 
 def _at_most(attack: Any, obs: Observation, batch: Batch) -> int:
     declared = getattr(attack, "at_most", None)
-    return declared(obs) if declared else len(batch)
+    return declared(obs) if declared else max(len(batch), obs.batch_size or 0)  # a defense may have added images
 
 
 def _numbers(values: Tensor | None) -> list[float | None] | None:
