@@ -47,6 +47,7 @@ class Case:
         auxiliary: a key of data.DATASETS, whose train split is the attacker's own.
         double: whether clients and attacker compute in float64.
         profile: a key of PROFILES; it is written down, and changes nothing else of the case.
+        stage: where several studies are run as one queue, all of a stage run before any of the next.
 
     Raises:
         ValueError: a name is unknown, a number is out of range, or the weights are another model's.
@@ -69,6 +70,7 @@ class Case:
     auxiliary: str | None = None
     double: bool = False
     profile: str = field(default="quick", metadata={"display": True})
+    stage: int = field(default=1, metadata={"display": True})
 
     def __post_init__(self):
         if not callable(self.attack) or isinstance(self.attack, type):
@@ -93,7 +95,7 @@ class Case:
             raise ValueError(nearest(self.split, data.SPLITS, "split"))
         if self.defense is not None and not isinstance(self.defense, Defense):
             raise ValueError(f"a case needs a Defense, or None, got {self.defense!r:.60}")
-        whole(self, "clients", "rounds")
+        whole(self, "clients", "rounds", "stage")
         if not isinstance(self.indices, tuple) or not self.indices:
             raise ValueError("a case needs at least one index, in a tuple; an attack on an empty batch has no meaning")
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.indices):

@@ -78,25 +78,26 @@ def vgg11(num_classes: int, image_shape: Shape) -> nn.Module:
 
 
 def resnet18(num_classes: int, image_shape: Shape) -> nn.Module:
-    """torchvision's ResNet-18; up to 64 px its stem is one 3x3 convolution of stride 1, without a pool."""
+    """torchvision's ResNet-18; under 64 px its stem is one 3x3 convolution of stride 1, without a pool."""
     from torchvision.models import resnet18
 
-    return _stem(resnet18(num_classes=num_classes), image_shape)
+    net = _grey(resnet18(num_classes=num_classes), image_shape)
+    if image_shape[1] < 64:
+        net.conv1, net.maxpool = nn.Conv2d(image_shape[0], 64, 3, padding=1, bias=False), nn.Identity()
+    return net
 
 
 def resnet50(num_classes: int, image_shape: Shape) -> nn.Module:
-    """torchvision's ResNet-50, its stem as that of ResNet-18."""
+    """torchvision's ResNet-50, at every size with its stem: a 7x7 convolution of stride 2 and a pool of stride 2."""
     from torchvision.models import resnet50
 
-    return _stem(resnet50(num_classes=num_classes), image_shape)
+    return _grey(resnet50(num_classes=num_classes), image_shape)
 
 
-def _stem(net: "ResNet", image_shape: Shape) -> nn.Module:
-    c, h, _ = image_shape
-    if h <= 64:
-        net.conv1, net.maxpool = nn.Conv2d(c, 64, 3, padding=1, bias=False), nn.Identity()
-    elif c != 3:
-        net.conv1 = nn.Conv2d(c, 64, 7, stride=2, padding=3, bias=False)
+def _grey(net: "ResNet", image_shape: Shape) -> "ResNet":
+    """The network for images of other than three channels."""
+    if image_shape[0] != 3:
+        net.conv1 = nn.Conv2d(image_shape[0], 64, 7, stride=2, padding=3, bias=False)
     return net
 
 
