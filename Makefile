@@ -4,6 +4,7 @@
 #   make serve                       build it and serve it on http://localhost:8000
 #   make test                        lint, unit tests, notebooks, a warning-free site
 #   make lint                        ruff and mypy
+#   make survey                      run what is missing of all studies, at the lowest priority; stop it at any time
 #   make repository URL=https://github.com/OWNER/NAME    change the address everywhere
 #   make cells                       write the cells that all chapters share
 #   make clean                       remove what was built; the .venv stays
@@ -20,6 +21,7 @@ DEVICE ?=
 DATA_ROOT ?=
 SEED ?= 0
 JOBS ?= 2
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PORT ?= 8000
 
 BIN := .venv/bin
@@ -40,7 +42,7 @@ REAL := $(if $(GI_DATA),,$(if $(wildcard ../shared/data/SHA256SUMS),GI_DATA="$(a
 # What a reader's notebook shows as a bar would stay in a page as text.
 book test: export TQDM_DISABLE = 1
 
-.PHONY: book test lint serve clean repository cells
+.PHONY: book test lint serve clean repository cells survey
 .DELETE_ON_ERROR:
 
 book: $(STAMP)
@@ -63,6 +65,9 @@ lint: $(STAMP)
 
 serve: book
 	$(BIN)/python -m http.server $(PORT) --directory _build/html
+
+survey: $(STAMP)
+	$(REAL) nice -n 19 $(BIN)/gi run experiments --workers $(WORKERS)
 
 clean:
 	rm -rf _build build .pytest_cache .mypy_cache .ruff_cache *.egg-info

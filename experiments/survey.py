@@ -1,32 +1,50 @@
-"""The survey: every technique on eight untrained models and four datasets, four single images a cell.
+"""The survey: every technique on eight untrained models and four datasets, one image a case.
 
-Image i meets the networks drawn from seed i, and the attack starts from seed i: the spread over a cell's images
-is a spread over draws too. ImageNet's photographs are taken at 64 x 64 pixels. Labels are sought, not known. The
-steps are what two cores without a GPU afford, and far fewer than the papers' on the large networks; each row says
-how many it took. Image by image, so that a study that is stopped has some images of every cell rather than all
-images of some.
+Image i meets the networks drawn from seed i, and the attack starts from seed i: the spread over a cell's images is a
+spread over draws too. ImageNet's photographs are taken at 64 x 64 pixels. Labels are sought, not known. Budgets come in
+rungs of gradient evaluations (gi_lib.bench.protocol). "default" is the paper's setting, "tuned" what the study `tuning`
+has chosen; a cell that is not tuned yet has no cases so far.
 """
 
+from dataclasses import dataclass
+from pathlib import Path
+
+from gi_lib import results
 from gi_lib.attacks import DLG, IDLG, BiasRatio, InvertingGradients
-from gi_lib.bench import Case
+from gi_lib.bench import Case, protocol
 
-DATASETS = (("mnist", None), ("cifar10", None), ("cifar100", None), ("imagenet", 64))
-IMAGES = range(4)
-STEPS = {  # of Inverting Gradients; and of DLG and iDLG, each of which is 20 iterations
-    "mlp": (600, 20),
-    "lenet": (2000, 200),
-    "cnn6": (2000, 60),
-    "convnet": (120, 6),
-    "vgg11": (120, 6),
-    "resnet18": (120, 6),
-    "resnet50": (80, 4),
-    "vit": (240, 10),
-}
 
-CASES = [
-    Case(attack, model, dataset, indices=(i,), seed=i, size=size, profile="survey")
-    for i in IMAGES
-    for model, (steps, outer) in STEPS.items()
-    for dataset, size in DATASETS
-    for attack in (BiasRatio(), InvertingGradients(steps=steps), DLG(steps=outer), IDLG(steps=outer))
-]
+@dataclass(frozen=True)
+class Cell:
+    """What the survey wants of a technique on one model and one dataset."""
+
+    technique: str
+    setting: str
+    rung: int
+    model: str
+    dataset: str
+    cases: list[Case]
+
+
+TUNING = results.by_key(Path(__file__).parents[1] / "results" / "tuning.jsonl")
+ALL = [(model, dataset) for model in protocol.MODELS for dataset in protocol.DATASETS]
+CIFAR10 = [(model, "cifar10") for model in protocol.MODELS]
+WANTED = (  # technique, its attack, setting, rung, stage of the queue, cells
+    ("bias_ratio", BiasRatio(), "default", 1, 1, ALL),
+    ("inverting_gradients", InvertingGradients(), "tuned", 1, 2, ALL),
+    ("inverting_gradients", InvertingGradients(), "tuned", 2, 3, ALL),
+    ("dlg", DLG(), "default", 1, 4, [pair for pair in ALL if pair[0] in protocol.LARGE]),
+    ("dlg", DLG(), "default", 2, 4, [pair for pair in ALL if pair[0] in protocol.SMALL]),
+    ("idlg", IDLG(), "default", 1, 4, [pair for pair in ALL if pair[0] in protocol.LARGE]),
+    ("idlg", IDLG(), "default", 2, 4, [pair for pair in ALL if pair[0] in protocol.SMALL]),
+    ("inverting_gradients", InvertingGradients(), "default", 2, 5, ALL),
+    ("inverting_gradients", InvertingGradients(), "tuned", 3, 6, CIFAR10),
+)
+
+PLAN = []
+for technique, attack, setting, rung, stage, pairs in WANTED:
+    for model, dataset in pairs:
+        own = protocol.tuned(attack, model, dataset, TUNING) if setting == "tuned" else attack
+        cases = [] if own is None else protocol.cell(own, model, dataset, rung, stage)
+        PLAN.append(Cell(technique, setting, rung, model, dataset, cases))
+CASES = [case for cell in PLAN for case in cell.cases]

@@ -16,8 +16,9 @@ from typer.core import TyperGroup
 import gi_lib
 
 if TYPE_CHECKING:
-    from gi_lib.bench import Case
+    from gi_lib.bench import Case, Cell, Estimate
     from gi_lib.federated import ThreatModel
+    from gi_lib.results import Record
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -39,8 +40,11 @@ A study: a Python file with a list CASES, which is executed. What it would take;
 it. Stop it at any time; the same command goes on:
     gi run experiments/dlg.py --plan
     gi run experiments/dlg.py --workers 2
+    gi run experiments --workers 2
 Its summary, one line a group:
     gi table results/dlg.jsonl --by model,threat
+Whether its records are what its cases, its data and its pictures give:
+    gi check experiments/dlg.py
 """
 
 EPILOG = """\b
@@ -49,9 +53,9 @@ root: --root, else the environment variable GI_DATA, else the user's cache. What
 there is downloaded by torchvision, where it can be.
 
 \b
-Exit codes. 0: done. 1: an attack failed, or a value is still missing. 2: bad input, a
-missing file, a full disk, a study that another process runs. 130: interrupted by Ctrl-C;
-what was written stays.
+Exit codes. 0: done. 1: an attack failed, a value is still missing, or a check found a
+problem. 2: bad input, a missing file, a full disk, a study that another process runs.
+130: interrupted by Ctrl-C; what was written stays.
 """
 
 
@@ -286,7 +290,10 @@ def _mean(values: Sequence[float | None] | None, digits: str) -> str:
 
 @app.command()
 def run(
-    study: Annotated[Path, typer.Argument(help="A Python file with a list CASES; it is executed.")],
+    studies: Annotated[
+        list[Path],
+        typer.Argument(help="Python files with a list CASES each, which are executed, or a folder of them."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for NAME.jsonl and the pictures.")] = Path("results"),
     workers: Annotated[int, typer.Option(min=1, help="Processes, each with one thread.")] = 1,
     limit: Annotated[
@@ -307,23 +314,32 @@ def run(
     root: Root = None,
     device: Device = None,
 ) -> None:
-    """Run what is missing of a study; failed cases are tried again.
+    """Run what is missing of studies; failed cases are tried again.
 
-    The file is executed as Python: run only studies that you trust. Each case runs in a worker process: one
+    The files are executed as Python: run only studies that you trust. Each case runs in a worker process: one
     that runs out of memory, aborts or takes too long fails alone. Ctrl-C stops it: what is done is kept, and the same
-    command goes on.
+    command goes on. Several studies are one queue: stage by stage, and within a stage the cheapest case first.
 
     \b
     gi run experiments/dlg.py --plan
     gi run experiments/dlg.py --workers 4 --limit 3600 --out /tmp/results
+    gi run experiments --workers 2
     """
     from gi_lib import bench, provenance, results
 
-    cases, own_limit = load_study(study)
-    path = out / f"{study.stem}.jsonl"
+    files = _study_files(studies)
+    loaded = {file: load_study(file) for file in files}
+    paths = {file: out / f"{file.stem}.jsonl" for file in files}
+    several = len(files) > 1
+    where = out if several else paths[files[0]]
     if plan:
-        _print_plan(bench.missing(cases, path), cases, bench.plan, root, provenance.choose_device(device), workers)
+        left = [case for file in files for case in bench.missing(loaded[file][0], paths[file])]
+        total = sum(len({bench.key(case) for case in cases}) for cases, _ in loaded.values())
+        known = bench.by_records(_records(out)) if several else None
+        _print_plan(bench.plan(left, root, provenance.choose_device(device), known), total, workers, by_stage=several)
         return
+    limits = [own for _, own in loaded.values() if own is not None]
+    own_limit = max(limits) if len(limits) == len(loaded) else None
     try:
         if dask is not None:
             if limit is not None:
@@ -335,15 +351,73 @@ def run(
             engine: Any = bench.cluster(dask, workers)
         else:
             engine = bench.pool(workers, own_limit if limit is None else limit)
+        tried: set[str] = set()
         with engine as executor:
-            records = bench.run(cases, path, executor=executor, root=root, device=device)
+            while True:
+                cases = {paths[file]: study for file, (study, _) in loaded.items()}
+                tried |= {bench.key(case) for study in cases.values() for case in study}
+                order = _cheapest_first(bench.by_records(_records(out))) if several else None
+                unchanged = _unchanged(files)
+                rows = bench.queue(cases, executor=executor, root=root, device=device, order=order, each=unchanged)
+                # Records may have brought a study new cases, as those of a tuning do.
+                loaded = {file: load_study(file) for file in files}
+                if all(bench.key(case) in tried for study, _ in loaded.values() for case in study):
+                    break
     except KeyboardInterrupt:
-        kept = sum(row["status"] == "ok" for row in results.rows(path)) if path.exists() else 0
-        _complain(f"interrupted; {kept} finished cases are kept in {path}, the same command goes on from there")
+        there = (path for path in paths.values() if path.exists())
+        kept = sum(row["status"] == "ok" for path in there for row in results.rows(path))
+        _complain(f"interrupted; {kept} finished cases are kept in {where}, the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
+    _report([row for part in rows.values() for row in part], where)
+
+
+def _records(out: Path) -> "Iterator[Record]":
+    from gi_lib import results
+
+    for path in sorted(out.glob("*.jsonl")):
+        yield from results.rows(path)
+
+
+def _cheapest_first(estimate: "Estimate") -> "Callable[[Case], tuple[int, float]]":
+    """Stage by stage; what no record tells comes first, and tells the rest."""
+    return lambda case: (case.stage, estimate(case) or 0.0)
+
+
+def _unchanged(files: Sequence[Path]) -> Callable[[], None]:
+    """ValueError, once a study's file is another than now."""
+    given = {file: file.read_bytes() for file in files}
+
+    def check() -> None:
+        for file, content in given.items():
+            if not file.is_file() or file.read_bytes() != content:
+                raise ValueError(
+                    f"{file} has changed while its cases run; what is done is kept. Start the same command again: it"
+                    " goes on with the cases of the new file"
+                )
+
+    return check
+
+
+def _study_files(given: Sequence[Path]) -> list[Path]:
+    """The files themselves, and of a folder those that name CASES."""
+    files = []
+    for path in given:
+        if path.is_dir():
+            found = [
+                file for file in sorted(path.glob("*.py")) if re.search(r"^CASES\b", file.read_text(), re.MULTILINE)
+            ]
+            if not found:
+                raise FileNotFoundError(f"no Python file in {path} has a list CASES; name a study, or another folder")
+            files += found
+        else:
+            files.append(path)
+    return files
+
+
+def _report(records: "Sequence[Record]", where: Path) -> None:
     counts = {status: sum(row["status"] == status for row in records) for status in ("ok", "not applicable", "failed")}
     said = ", ".join(f"{n} {status}" for status, n in counts.items() if n or status == "ok")
-    print(f"{said}, of {len(records)} cases; records: {path}")
+    print(f"{said}, of {len(records)} cases; records: {where}")
     for row in records:
         if row["status"] == "failed":
             _complain(f"failed: {row['attack']} on {row['model']}, {row['dataset']} {row['indices']}: {row['error']}")
@@ -351,25 +425,27 @@ def run(
         raise typer.Exit(FAILED)
 
 
-def _print_plan(
-    left: Sequence["Case"], cases: Sequence["Case"], plan: Callable, root: Path | None, device: str, workers: int
-) -> None:
-    from gi_lib.bench import key
-
-    cells = plan(left, root, device)
+def _print_plan(cells: "Sequence[Cell]", total: int, workers: int, *, by_stage: bool) -> None:
+    """Cell by cell; of several studies stage by stage."""
+    if by_stage:
+        for stage in sorted({cell.stage for cell in cells}):
+            part = [cell for cell in cells if cell.stage == stage]
+            print(f"stage {stage}: {sum(cell.cases for cell in part)} cases, {_hours(part):.2f} hours")
     for cell in cells:
-        if cell.reason is None:
-            print(f"{cell.cases:5d} x {cell.seconds:8.1f} s  {cell.name}")
-        else:
+        if cell.reason is not None:
             print(f"{cell.cases:5d} do not run  {cell.name}: {' '.join(cell.reason.split())}")
-    apply = [cell for cell in cells if cell.reason is None]
-    hours = sum(cell.cases * cell.seconds for cell in apply) / 3600
-    runs = sum(cell.cases for cell in apply)
-    total = len({key(case) for case in cases})
+        elif not by_stage:
+            print(f"{cell.cases:5d} x {cell.seconds:8.1f} s  {cell.name}")
+    left = sum(cell.cases for cell in cells)
+    runs, hours = sum(cell.cases for cell in cells if cell.reason is None), _hours(cells)
     print(
-        f"{total - len(left)} of {total} cases are done; {runs} run, {len(left) - runs} do not;"
+        f"{total - left} of {total} cases are done; {runs} run, {left - runs} do not;"
         f" about {hours:.2g} hours of one process, {hours / workers:.2g} with {workers}"
     )
+
+
+def _hours(cells: "Sequence[Cell]") -> float:
+    return sum(cell.cases * cell.seconds for cell in cells if cell.seconds is not None) / 3600
 
 
 def load_study(path: Path) -> "tuple[list[Case], float | None]":
@@ -400,6 +476,54 @@ def load_study(path: Path) -> "tuple[list[Case], float | None]":
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0):
         raise ValueError(f"{path}: LIMIT is a number of seconds > 0, or None, got {limit!r:.60}")
     return cases, limit
+
+
+@app.command()
+def check(
+    study: Annotated[Path, typer.Argument(help="A Python file with a list CASES; it is executed.")],
+    out: Annotated[Path, typer.Option(help="Folder of NAME.jsonl and the pictures.")] = Path("results"),
+    sample: Annotated[int, typer.Option(min=0, help="How many cases are run again, spread over the cells.")] = 3,
+    seed: Annotated[int, typer.Option(help="Draws another sample.")] = 0,
+    cheapest: Annotated[
+        bool, typer.Option("--cheapest", help="Of each cell the cheapest case, the cheapest cells first.")
+    ] = False,
+    tolerance: Annotated[float, typer.Option(min=0, help="dB between a record and its rerun elsewhere.")] = 0.1,
+    root: Root = None,
+    device: Device = None,
+) -> None:
+    """Check the records of a study against its cases, data and pictures, and run a sample again.
+
+    Each case needs a record of the present revision. Hash, floor, chance, PSNR and identification are told again from
+    the data and the saved picture, for every record. A rerun must give the same digits with the same versions on the
+    same device; elsewhere float32 is rounded otherwise, and its PSNR may differ by the tolerance. The file is
+    executed as Python: check only studies that you trust. Exits with 1 where there is a problem.
+
+    \b
+    gi check experiments/dlg.py
+    gi check experiments/dlg.py --sample 10 --seed 7 --tolerance 0.5
+    """
+    from gi_lib import bench
+
+    cases, _ = load_study(study)
+    report = bench.check(
+        cases,
+        out / f"{study.stem}.jsonl",
+        sample=sample,
+        seed=seed,
+        cheapest=cheapest,
+        tolerance=tolerance,
+        root=root,
+        device=device,
+    )
+    for problem in report.problems:
+        _complain(problem)
+    print(
+        f"{report.present} of {report.cases} cases have a record of this revision; {report.compared} compared with"
+        f" data and picture; {report.reruns} run again, {report.identical} with the same digits;"
+        f" {len(report.problems)} problem{'s' if len(report.problems) != 1 else ''}"
+    )
+    if report.problems:
+        raise typer.Exit(FAILED)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Pieces of a page that ask nothing of a server: pictures, a slider over the iterations, provenance lines."""
+"""Pieces of a page that ask nothing of a server: pictures, a slider, provenance lines, tables that a script sorts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
@@ -245,3 +246,148 @@ def _above(row: dict[str, Any]) -> list[float] | None:
         return None
     pairs = zip(row["psnr"], row["floor"], strict=True)
     return [psnr - floor for psnr, floor in pairs if psnr is not None and not math.isnan(psnr)]
+
+
+DISCOVERIES = 0.05
+"""The share, in expectation, of rows taken for better than chance that are not (Benjamini and Hochberg, 1995)."""
+
+BOARD: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "technique": ("text", lambda row: _two_lines(row["attack"], _setting(row))),
+    "threat": ("text", lambda row: escape(row["threat_letter"])),
+    "model": ("text", lambda row: _two_lines(row["model"], "" if _empty(row["weights"]) else row["weights"])),
+    "dataset": ("text", lambda row: escape(row["dataset"])),
+    "batch": ("more", lambda row: str(row["batch_size"])),
+    "identified": ("more", lambda row: _identified(row)),
+    "dB above floor": ("more", lambda row: _said(row["above"], "+.1f")),
+    "PSNR (dB)": ("more", lambda row: _said(row["psnr"], ".1f")),
+    "cost in training steps": ("less", lambda row: _said(row["training_steps"], ",.0f")),
+    "gradient evaluations": ("less", lambda row: _said(row["evaluations"], ",.0f")),
+    "study": ("text", lambda row: ", ".join(map(_study_link, row["studies"]))),
+}
+"""Columns of the leaderboard: whether more or less is better, or it is a text, and what a cell says."""
+
+
+def leaderboard(frame: pd.DataFrame) -> Html:
+    """One row for each technique, setting, threat model, network and dataset, the best first.
+
+    The endpoints in their order: the share of images identified, then decibels above the floor. A row at or below its
+    floor, and not identified more often than chance explains, stands in a part of its own, behind the others. The
+    images of failed cases count as not identified. book/_static/leaderboard.js sorts and filters; without JavaScript
+    the table stands as it is.
+
+    Args:
+        frame: from `results.read`. Attacks on a train split, by which settings are chosen, are left out; a case of
+            several studies counts once, by its newest record.
+    """
+    tested = frame[frame["split"] == "test"].sort_values("started", kind="stable")
+    studies = {case: sorted(set(part)) for case, part in tested.groupby("case")["study"]}
+    newest = tested.drop_duplicates("case", keep="last")
+    listed = newest[newest["status"] != "not applicable"]
+    by = results.usual_groups(listed)
+    groups = [part for _, part in listed.groupby(by, dropna=False, sort=False)]
+    summary = results.summarise(listed, by).to_dict("records")
+    rows = [_ranked(part, row, studies) for part, row in zip(groups, summary, strict=True)]
+    rows.sort(key=lambda row: (-row["found"] / row["tried"], math.inf if _empty(row["above"]) else -row["above"]))
+    luck = _beyond([row["luck"] for row in rows])
+    better, rest = [], []
+    for row in rows:
+        (better if row["above"] > 0 or row["luck"] <= luck else rest).append(_board_row(row))
+    head = "".join(
+        f'<th scope="col" data-sort="{kind}"{_SORTED if name == "identified" else ""}>{name}</th>'
+        for name, (kind, _) in BOARD.items()
+    )
+    part = f'<tr class="gi-part"><th scope="rowgroup" colspan="{len(BOARD)}"><span>{_NO_BETTER}</span></th></tr>'
+    out = [f"{n} {what}" for n, what in _left_out(frame, tested, newest, listed) if n]
+    said = f"{len(rows)} rows of {len(listed)} records." + (f" Not listed: {'; '.join(out)}." if out else "")
+    return Html(
+        '<div id="gi-leaderboard"><div class="gi-scroll" tabindex="0" role="region" aria-label="Leaderboard"'
+        f' style="overflow-x:auto"><table class="dataframe"><thead><tr>{head}</tr></thead>'
+        f'<tbody>{"".join(better)}</tbody><tbody class="gi-rest">{part if rest else ""}{"".join(rest)}</tbody>'
+        f'</table></div><p class="caption">{said}</p></div>'
+    )
+
+
+_SORTED = ' aria-sort="descending"'
+_NO_BETTER = "No better than the image's mean colour, and identified no more often than chance explains"
+
+
+def _left_out(*frames: pd.DataFrame) -> list[tuple[int, str]]:
+    whole, tested, newest, listed = map(len, frames)
+    return [
+        (whole - tested, "of attacks on train images, by which settings are chosen"),
+        (tested - newest, "of a case that another record is of too"),
+        (newest - listed, "of a technique that does not apply to the network or batch"),
+    ]
+
+
+def _beyond(luck: Sequence[float]) -> float:
+    """The largest probability that counts as beyond chance among these, by Benjamini and Hochberg; -1 for none."""
+    ranked = enumerate(sorted(luck), start=1)
+    return max((p for i, p in ranked if p <= DISCOVERIES * i / len(luck)), default=-1.0)
+
+
+def _ranked(cases: pd.DataFrame, summary: dict[str, Any], studies: dict[str, list[str]]) -> dict[str, Any]:
+    """A row of the leaderboard: a group's summary, its first record for what they all share, and what ranks it."""
+    tried = int(cases["batch_size"].sum())
+    found = 0 if _empty(summary["identified"]) else round(summary["identified"] * summary["images"])
+    chance = 0.0 if _empty(summary["chance"]) else summary["chance"]
+    fewer = sum(math.comb(tried, k) * chance**k * (1 - chance) ** (tried - k) for k in range(found))
+    return {
+        **cases.iloc[0].to_dict(),
+        **summary,
+        "tried": tried,
+        "found": found,
+        "chance": chance,
+        "luck": max(0.0, 1 - fewer),
+        "failed": int((cases["status"] == "failed").sum()),
+        "evaluations": cases["gradient_evaluations"].astype(float).median(),
+        "studies": sorted({name for case in cases["case"] for name in studies[case]}),
+    }
+
+
+def _board_row(row: dict[str, Any]) -> str:
+    cells = {name: write(row) for name, (_, write) in BOARD.items()}
+    share = f' data-value="{row["found"] / row["tried"]:.4g}"'
+    return (
+        "<tr>" + "".join(f"<td{share if n == 'identified' else ''}>{text}</td>" for n, text in cells.items()) + "</tr>"
+    )
+
+
+def _setting(row: dict[str, Any]) -> str:
+    """What of an attack and its case is not at its default; not its steps, which the evaluations tell."""
+    own = re.sub(r"\bsteps=\d+(, )?", "", row["attack_text"].partition("(")[2].removesuffix(")")).removesuffix(", ")
+    facts = re.findall(r"(\w+)=(\w+)", row["threat"])
+    said = [own, *(name.replace("_", " ") + ("" if value == "True" else ": no") for name, value in facts)]
+    said += ["" if row["client"] == "FedSGD" else row["client"], "" if _empty(row["defense"]) else row["defense"]]
+    said += [
+        "" if _empty(row["size"]) else f"{row['size']} px",
+        "" if row["precision"] == "float32" else row["precision"],
+    ]
+    said += ["train mode" if row["train"] else "", f"{row['clients']} clients" if row["clients"] > 1 else ""]
+    said += ["" if _empty(row["auxiliary"]) else f"auxiliary {row['auxiliary']}"]
+    said += [f"{row['rounds']} rounds" if row["rounds"] > 1 else ""]
+    return ", ".join(filter(None, said))
+
+
+def _two_lines(name: str, more: str) -> str:
+    return escape(name) + (f"<br><small>{escape(more)}</small>" if more else "")
+
+
+def _identified(row: dict[str, Any]) -> str:
+    failed = f", {row['failed']} failed" if row["failed"] else ""
+    return f"{row['found']} of {row['tried']}{failed}, chance {100 * row['chance']:.2g} %"
+
+
+def _study_link(name: str) -> str:
+    return f'<a href="../results/{escape(name)}.jsonl">{escape(name)}</a>'
+
+
+def _empty(value: Any) -> bool:
+    """None, or what pandas has for it."""
+    import pandas as pd
+
+    return bool(pd.isna(value))
+
+
+def _said(value: float, digits: str) -> str:
+    return "" if _empty(value) else format(value, digits)

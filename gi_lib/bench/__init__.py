@@ -11,16 +11,19 @@ import os
 import pickle
 import socket
 import sys
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from gi_lib import data, progress, provenance, results
 from gi_lib.bench.cases import PROFILES, Case, key, text
+from gi_lib.bench.check import Report, check
 from gi_lib.bench.measure import (
     ATTACK_STREAM,
     CLIENT_STREAM,
+    DONE,
     SERVER_STREAM,
     AttackError,
     Measured,
@@ -29,7 +32,7 @@ from gi_lib.bench.measure import (
     measure,
     network,
 )
-from gi_lib.bench.plan import Cell, plan
+from gi_lib.bench.plan import Cell, Estimate, by_records, plan
 from gi_lib.bench.workers import Pool, cluster, pool
 from gi_lib.results import Record
 
@@ -41,8 +44,12 @@ __all__ = [
     "AttackError",
     "Case",
     "Cell",
+    "Estimate",
     "Pool",
+    "Report",
     "attempt",
+    "by_records",
+    "check",
     "cluster",
     "key",
     "measure",
@@ -50,12 +57,11 @@ __all__ = [
     "network",
     "plan",
     "pool",
+    "queue",
     "run",
     "score",
     "text",
 ]
-
-DONE = ("ok", "not applicable")
 
 
 def run(
@@ -90,19 +96,51 @@ def run(
         ValueError: the device is not there, a line of `out` is damaged, or a case can't go to a process.
         FileNotFoundError: the data root is not there.
     """
-    out = Path(out)
-    wanted = {key(case): case for case in cases}
+    return queue({Path(out): list(cases)}, executor=executor, root=root, device=device)[Path(out)]
+
+
+def queue(
+    studies: Mapping[Path, Sequence[Case]],
+    *,
+    executor: Executor | None = None,
+    root: Path | None = None,
+    device: str | None = None,
+    order: Callable[[Case], Any] | None = None,
+    each: Callable[[], None] = lambda: None,
+) -> dict[Path, list[Record]]:
+    """`run` for several studies at once, so that no worker waits for the last case of a study.
+
+    Args:
+        studies: for each file of records its cases.
+        order: of a case, by which they are sorted; None leaves them as they come.
+        each: called after each case is on the disk; what it raises ends the run.
+
+    Returns:
+        For each file of records the rows of its cases.
+    """
+    wanted = {out: {key(case): case for case in cases} for out, cases in studies.items()}
     device, commit = provenance.choose_device(device), provenance.commit()
     data.root(root)  # a data root that is not there fails now, not once a case
-    with _only_run(out):
-        known = {row["key"]: row for row in results.rows(out)} if out.exists() else {}
-        todo = {k: case for k, case in wanted.items() if k not in known or known[k]["status"] not in DONE}
+    with contextlib.ExitStack() as held:
+        for out in wanted:
+            held.enter_context(_only_run(out))
+        known = {out: {row["key"]: row for row in results.rows(out)} if out.exists() else {} for out in wanted}
+        todo = [
+            (case, out)
+            for out, cases in wanted.items()
+            for k, case in cases.items()
+            if k not in known[out] or known[out][k]["status"] not in DONE
+        ]
+        if order is not None:
+            todo.sort(key=lambda pair: order(pair[0]))
         if isinstance(executor, Pool):
-            _check_importable(todo.values())
-        done = len(wanted) - len(todo)
-        bar = progress.bar(total=len(wanted), initial=done, desc=out.stem, unit="case")
+            _check_importable(case for case, _ in todo)
+        total = sum(map(len, wanted.values()))
+        done = total - len(todo)
+        name = next(iter(wanted)).stem if len(wanted) == 1 else f"{len(wanted)} studies"
+        bar = progress.bar(total=total, initial=done, desc=name, unit="case")
         with bar, contextlib.closing(_measure_all(todo, executor, root, device)) as finished:
-            for record, picture in finished:
+            for (record, picture), out in finished:
                 record["commit"] = commit
                 try:
                     if picture is not None:
@@ -114,14 +152,15 @@ def run(
                     )
                     raise OSError(
                         error.errno,
-                        f"{error.strerror}: a record could not be written; {done} of {len(wanted)} cases are"
+                        f"{error.strerror}: a record could not be written; {done} of {total} cases are"
                         f" done and kept; {remedy}, and run the study again to go on",
                         str(out),
                     ) from error
-                known[record["key"]] = record
+                known[out][record["key"]] = record
                 done += 1
                 bar.update()
-    return [known[k] for k in wanted]
+                each()
+    return {out: [known[out][k] for k in cases] for out, cases in wanted.items()}
 
 
 @contextlib.contextmanager
@@ -161,29 +200,28 @@ def _check_importable(cases: Iterable[Case]) -> None:
 
 
 def _measure_all(
-    cases: dict[str, Case], executor: Executor | None, root: Path | None, device: str
-) -> Generator[Measured]:
+    cases: Sequence[tuple[Case, Path]], executor: Executor | None, root: Path | None, device: str
+) -> Generator[tuple[Measured, Path]]:
+    """Of each case what it came to, and the file that its record belongs to."""
     if executor is None:
-        for case in cases.values():
-            yield measure(case, root, device)
+        for case, out in cases:
+            yield measure(case, root, device), out
         return
-    running = {executor.submit(measure, case, root, device): case for case in cases.values()}
-    died: list[Case] = []
+    running = {executor.submit(measure, case, root, device): (case, out) for case, out in cases}
+    died: list[tuple[Case, Path]] = []
     try:
         for future in as_completed(running):
-            measured = _result(future, running[future], device)
+            case, out = running[future]
+            measured = _result(future, case, device)
             if measured is None:
-                died.append(running[future])
+                died.append((case, out))
             else:
-                yield measured
-        for case in died:  # alone: memory may have run out because of a neighbour
+                yield measured, out
+        for case, out in died:  # alone: memory may have run out because of a neighbour
             again = executor.submit(measure, case, root, device)
-            running[again] = case
-            yield _result(again, case, device) or failed(
-                case,
-                device,
-                "it killed its process, twice, the second time alone: memory ran out, or a library aborted",
-            )
+            running[again] = case, out
+            reason = "it killed its process, twice, the second time alone: memory ran out, or a library aborted"
+            yield _result(again, case, device) or failed(case, device, reason), out
     finally:
         for future in running:
             future.cancel()

@@ -125,6 +125,7 @@ def _check_weights(weights: str, model: str) -> None:
         raise ValueError(f"the weights {weights!r} belong to {owner!r}, not to {model!r}")
 
 
+ATTACK_NAMES: dict[type, str] = {cls: name for name, cls in ATTACKS.items()}
 _NAMES: dict[type, str] = {
     **{cls: name for registry in (ATTACKS, DEFENSES) for name, cls in registry.items()},
     **{cls: cls.__name__ for cls in (Case, ThreatModel, Client, LossGradient, SGD, Adam)},

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from gi_lib import checkpoints, data, metrics, models, provenance
-from gi_lib.attacks import ATTACKS
-from gi_lib.bench.cases import Case, identity, key, text
+from gi_lib.bench.cases import ATTACK_NAMES, Case, identity, key, text
 from gi_lib.bench.cost import peak_mb, reset_peak, training_step_seconds
 from gi_lib.execution import clock
 from gi_lib.federated import observe
@@ -26,6 +25,8 @@ CANDIDATES = 500
 """Images of the split among which a reconstruction must find its original, to count as identified."""
 SNAPSHOTS = 10
 """At how many numbers of gradient evaluations a run is scored."""
+DONE = ("ok", "not applicable")
+"""What a case is not run again with."""
 ATTACK_STREAM, CLIENT_STREAM, SERVER_STREAM = 1_000_000, 2_000_000, 3_000_000
 
 Measured = tuple[Record, tuple[Images, Images] | None]
@@ -289,13 +290,12 @@ _SAME = (
 
 
 def _begin(case: Case, device: str) -> Record:
-    known = {cls: name for name, cls in ATTACKS.items()}
     budget, restarts = (getattr(case.attack, name, None) for name in ("steps", "restarts"))
     values = {
         "key": key(case),
         "case": identity(case),
         "status": "ok",
-        "attack": known.get(type(case.attack), getattr(type(case.attack), "__name__", "")),
+        "attack": ATTACK_NAMES.get(type(case.attack), getattr(type(case.attack), "__name__", "")),
         "attack_text": text(case.attack, brief=True),
         "indices": list(case.indices),
         "threat": text(case.threat, brief=True),

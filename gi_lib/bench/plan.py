@@ -1,17 +1,22 @@
-"""What a run would do, before it is started: the cells that apply, those that don't, and the hours."""
+"""What a run would do, before it is started: the cells that apply, those that don't, and the hours.
+
+What a case costs is told by records of its like, where there are any: an evaluation takes as long with every setting.
+"""
 
 import dataclasses
 import math
+import statistics
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gi_lib import progress
-from gi_lib.bench.cases import Case, text
+from gi_lib.bench.cases import ATTACK_NAMES, Case, text
 from gi_lib.bench.measure import AttackError, attempt
+from gi_lib.results import Record
 
 
 @dataclass(frozen=True)
@@ -23,23 +28,72 @@ class Cell:
         cases: how many of them a run would run.
         reason: why the attack does not apply, or fails; None where it runs.
         seconds: of one case, estimated; None where there is a reason.
+        stage: the earliest of its cases.
     """
 
     name: str
     cases: int
     reason: str | None
     seconds: float | None
+    stage: int
 
 
-def plan(cases: Iterable[Case], root: Path | None, device: str) -> list[Cell]:
-    """Try one case of each cell with few steps on this device, and scale the time to all of its steps."""
+Estimate = Callable[[Case], float | None]
+"""Seconds of a case; None where no record tells."""
+
+
+def plan(cases: Iterable[Case], root: Path | None, device: str, estimate: Estimate | None = None) -> list[Cell]:
+    """Cells with their seconds: by `estimate`; else one case is tried with few steps, scaled to all of its steps."""
     cells: dict[str, list[Case]] = {}
     for case in cases:
-        cells.setdefault(_cell(case), []).append(case)
-    return [_tried(name, some, root, device) for name, some in progress.bar(cells.items(), desc="plan", unit="cell")]
+        cells.setdefault(cell_name(case), []).append(case)
+    bar = progress.bar(cells.items(), desc="plan", unit="cell")
+    found = []
+    for name, some in bar:
+        seconds = estimate(some[0]) if estimate else None
+        reason, seconds = (None, seconds) if seconds is not None else _tried(some[0], root, device)
+        found.append(Cell(name, len(some), reason, seconds, min(case.stage for case in some)))
+    return found
 
 
-def _cell(case: Case) -> str:
+def by_records(rows: Iterable[Record]) -> Estimate:
+    """The estimate by what records of the same attack, model and data took: seconds an evaluation, or a whole case."""
+    evaluation: dict[tuple, list[float]] = {}
+    whole: dict[tuple, list[float]] = {}
+    for row in rows:
+        if row["status"] == "ok" and row["seconds"] is not None:
+            like = _like(row["attack"], row)
+            spent = row["cpu_seconds"] or row["seconds"]
+            whole.setdefault(like, []).append(spent)
+            if row["gradient_evaluations"]:
+                evaluation.setdefault(like, []).append(spent / row["gradient_evaluations"])
+    per_evaluation, per_case = (
+        {like: statistics.median(values) for like, values in known.items()} for known in (evaluation, whole)
+    )
+
+    def seconds(case: Case) -> float | None:
+        like = _like(ATTACK_NAMES.get(type(case.attack), ""), {**vars(case), "client": str(case.client)})
+        n = evaluations(case)
+        return per_case.get(like) if n is None else n * per_evaluation[like] if like in per_evaluation else None
+
+    return seconds
+
+
+def _like(attack: str, facts: Any) -> tuple:
+    """What the cost of an evaluation hangs on."""
+    same = ("model", "dataset", "size", "client", "train", "clients")
+    return (attack, len(facts["indices"]), *(facts[name] for name in same))
+
+
+def evaluations(case: Case) -> int | None:
+    """Gradient evaluations that a case is given; None where its attack takes no steps."""
+    steps = getattr(case.attack, "steps", None)
+    if not isinstance(steps, int):
+        return None
+    return steps * getattr(case.attack, "max_iter", 1) * getattr(case.attack, "restarts", 1)
+
+
+def cell_name(case: Case) -> str:
     facts: list[Any] = [text(case.attack, brief=True), case.model, case.weights or "untrained", case.dataset]
     facts += [case.size and f"{case.size} px", len(case.indices) > 1 and f"batch {len(case.indices)}"]
     facts += [case.client != type(case.client)() and str(case.client), text(case.threat, brief=True)]
@@ -52,8 +106,8 @@ FEW = (2, 6)
 """Two numbers of steps: the difference of their times is that of the steps between."""
 
 
-def _tried(name: str, cases: list[Case], root: Path | None, device: str) -> Cell:
-    case = cases[0]
+def _tried(case: Case, root: Path | None, device: str) -> tuple[str | None, float | None]:
+    """Why the case does not run, or its seconds."""
     steps: int = getattr(case.attack, "steps", 0)
     short = [case] if steps <= FEW[1] else [_with_steps(case, n) for n in FEW]
     seconds, whole = [], math.nan
@@ -65,14 +119,14 @@ def _tried(name: str, cases: list[Case], root: Path | None, device: str) -> Cell
                 record, _ = attempt(each, root, device)
         except AttackError as error:
             cause = error.__cause__ or error
-            return Cell(name, len(cases), f"{cause}", None)
+            return f"{cause}", None
         except Exception as error:  # noqa: BLE001 # one cell's, whatever it is
-            return Cell(name, len(cases), f"{error}", None)
+            return f"{error}", None
         whole = time.perf_counter() - start
         seconds.append(record["seconds"] or 0.0)
     if len(seconds) == 2:
         whole += (steps - FEW[1]) * max(0.0, seconds[1] - seconds[0]) / (FEW[1] - FEW[0])
-    return Cell(name, len(cases), None, whole)
+    return None, whole
 
 
 def _with_steps(case: Case, steps: int) -> Case:

@@ -5,9 +5,13 @@ evaluations, and comes in rungs, each about three times the one before: a cell h
 """
 
 import dataclasses
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gi_lib.bench.cases import Attack, Case
+from gi_lib.bench.cases import Attack, Case, key
+from gi_lib.results import Record
 
 SMALL, LARGE = ("mlp", "lenet", "cnn6"), ("convnet", "vgg11", "resnet18", "resnet50", "vit")
 MODELS = SMALL + LARGE
@@ -23,7 +27,7 @@ GRID: tuple[dict[str, float], ...] = tuple(
 )
 """What is tried for a technique's prior and its step, the same for every technique."""
 TUNED_ON = {"mnist": "mnist", "cifar10": "cifar10", "cifar100": "cifar10", "imagenet": "cifar10"}
-"""On which train split the settings for a dataset are chosen. The sample of imagenet has no train split."""
+"""On whose train split the settings for a dataset are chosen. The sample of ImageNet has no train split."""
 DRAW = 1000
 """Networks of seeds from here on are drawn for tuning alone."""
 
@@ -47,26 +51,97 @@ def at_budget(attack: Any, evaluations: int) -> Any:
     return dataclasses.replace(attack, steps=max(1, evaluations // getattr(attack, "max_iter", 1)))
 
 
-def tuning(
-    attack: Attack, *, models: tuple[str, ...] = MODELS, datasets: tuple[str, ...] = ("mnist", "cifar10")
-) -> list[Case]:
-    """The cases by which an attack's settings are chosen: GRID on four images of the train split, at the first rung.
-
-    Image by image, so that all settings of a cell have the same images at any time.
-    """
+def _settings(attack: Attack, model: str) -> list[Attack]:
+    """The attack with every setting of GRID, at the first rung."""
     return [
-        Case(
-            at_budget(dataclasses.replace(attack, **setting), budget(model, 1)),  # type: ignore[type-var]
-            model,
-            dataset,
-            (i,),
-            seed=DRAW + i,
-            size=DATASETS[dataset],
-            split="train",
-            profile="survey",
-        )
-        for i in range(4)
-        for model in models
-        for dataset in datasets
+        at_budget(dataclasses.replace(attack, **setting), budget(model, 1))  # type: ignore[type-var]
         for setting in GRID
     ]
+
+
+SURVIVORS = (8, 4, 2, 2)
+"""How many settings are tried on each image: after the first image the better half goes on, and again after the second
+(successive halving; Jamieson, Talwalkar, AISTATS 2016)."""
+
+
+def tuning(attack: Attack, records: Mapping[str, Record], datasets: Sequence[str] = ("mnist", "cifar10")) -> list[Case]:
+    """The cases that choose an attack's settings, as far as the records of earlier ones tell which they are.
+
+    Args:
+        attack: with fields `tv` and `lr`, which take the values of GRID.
+        records: of the tuning so far, by key.
+        datasets: whose train split gives the images.
+
+    Raises:
+        ValueError: a dataset has no train split.
+    """
+    for dataset in datasets:
+        _check_train(dataset)
+    return [
+        case
+        for model in MODELS
+        for dataset in datasets
+        for cases in _rounds(attack, model, dataset, records)
+        for case in cases
+    ]
+
+
+def _check_train(dataset: str) -> None:
+    if DATASETS.get(dataset, "") is not None:  # the sample of ImageNet, whose side is given
+        raise ValueError(
+            f"{dataset} has no train split here, and its attacked images choose no settings: tune on one of"
+            f" {', '.join(sorted(set(TUNED_ON.values())))}, whose settings TUNED_ON takes over"
+        )
+
+
+def _rounds(attack: Attack, model: str, dataset: str, records: Mapping[str, Record]) -> Iterator[list[Case]]:
+    """The cases of each image in turn, of the settings that are left; it ends where a record is missing."""
+    left = _settings(attack, model)
+    done: list[Case] = []
+    for i, number in enumerate(SURVIVORS):
+        left = _best(left, done, records)[:number]
+        own = {"seed": DRAW + i, "split": "train", "profile": "survey"}
+        cases = [Case(setting, model, dataset, (i,), **own) for setting in left]  # type: ignore[arg-type]
+        yield cases
+        if not all(key(case) in records for case in cases):
+            return
+        done += cases
+
+
+def _best(settings: Sequence[Attack], done: Sequence[Case], records: Mapping[str, Record]) -> list[Attack]:
+    """By the images that were identified, then by dB above the floor; of equal ones the first of GRID."""
+
+    def merit(setting: Attack) -> tuple[float, float]:
+        rows = [records[key(case)] for case in done if case.attack == setting]
+        return sum(_identified(row) for row in rows), sum(_above(row) for row in rows)
+
+    return sorted(settings, key=merit, reverse=True)
+
+
+def _identified(row: Record) -> int:
+    return sum(row["identified"] or [False])
+
+
+def _above(row: Record) -> float:
+    """Mean dB above the floor; a case that does not apply, or an image that is missed, comes last."""
+    found = [
+        -math.inf if p is None else p - f for p, f in zip(row["psnr"] or [None], row["floor"] or [0.0], strict=True)
+    ]
+    return statistics.fmean(found)
+
+
+def tuned(attack: Attack, model: str, dataset: str, records: Mapping[str, Record]) -> Attack | None:
+    """The attack with the settings that the tuning has chosen for a cell; None until its records are complete."""
+    *earlier, last = _rounds(attack, model, TUNED_ON[dataset], records)
+    if len(earlier) + 1 < len(SURVIVORS) or not all(key(case) in records for case in last):
+        return None
+    done = [case for cases in (*earlier, last) for case in cases]
+    return _best([case.attack for case in last], done, records)[0]
+
+
+def cell(attack: Attack, model: str, dataset: str, rung: int, stage: int) -> list[Case]:
+    """The cases of a cell: one an image, at the budget of a rung where the attack takes steps."""
+    if hasattr(attack, "steps"):
+        attack = at_budget(attack, budget(model, rung))
+    own = {"size": DATASETS[dataset], "profile": "survey", "stage": stage}
+    return [Case(attack, model, dataset, (i,), seed=i, **own) for i in images(model)]  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ __all__ = [
     "append",
     "bitmap",
     "bootstrap",
+    "by_key",
     "checked",
     "first_identified",
     "lock",
@@ -325,6 +326,11 @@ def rows(path: Path) -> list[Record]:
             ) from error
         newest[row["case"]] = row
     return list(newest.values())
+
+
+def by_key(path: Path) -> dict[str, Record]:
+    """The rows of one file that are not failed, by their case's key; none where there is no file."""
+    return {row["key"]: row for row in rows(path) if row["status"] != "failed"} if Path(path).is_file() else {}
 
 
 def read(path: Path) -> pd.DataFrame:
