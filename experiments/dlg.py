@@ -22,6 +22,7 @@ CASES = [
         seed=i,
         threat=threat,
         profile="survey",
+        stage=7,
     )
     for threat in THREATS
     for i in IMAGES

@@ -49,5 +49,5 @@ if __name__ == "__main__":
     given = parser.parse_args()
     for name, size in DATASETS:
         row = count(name, size, given.networks)
-        results.append(given.out, row)
+        results.append_row(given.out, row)
         print(f"{name}: {row['correct']} of {row['networks']} labels right")

@@ -1,78 +1,79 @@
-"""Train a model on the train split of a dataset, and keep it as a checkpoint.
+"""Train the survey's networks on train splits, each by its recipe, and keep them as checkpoints.
 
-    python experiments/train.py lenet mnist --epochs 20
+    python experiments/train.py lenet mnist
+    python experiments/train.py missing
 
-prints name@hash, which `Case(weights=...)` and `gi attack --weights` take, and the accuracy on the test split. What
-was trained once is found again by its recipe: model, data, epochs and seed. SGD with momentum 0.9 and weight decay
-5e-4 on batches of 128, its rate falling from 0.05 to 0 as half a cosine.
+The first trains one network, where it is not there or comes from other images; the second all that are not there of
+those that have been trained before, and `all` those as well for which nobody has had the hours. What is printed,
+name@hash and the accuracy on the test split, is written into results/trained_networks/training.jsonl, with the minutes
+of one processor core. A recipe is that of `gi_lib.training`, which is what `Case(weights="trained")` takes; one that
+is changed by an option gives a name@hash for `Case(weights=...)` and for `gi attack --weights`.
 """
 
+import dataclasses
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import torch.nn.functional as F
 import typer
 
-from gi_lib import checkpoints, data, models, progress
-from gi_lib.types import Classifier
+from gi_lib import checkpoints, data, execution, provenance, results, training
 
-REVISION = 1
-BATCH, RATE = 128, 0.05
+LOG = Path(__file__).parents[1] / "results" / "trained_networks" / "training.jsonl"
 
 
-def train(model: Classifier, images: torch.Tensor, labels: torch.Tensor, epochs: int, rng: torch.Generator) -> None:
-    """Change the model in place; it stays in eval mode."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=5e-4)
-    size = len(images) // BATCH * BATCH or len(images)  # whole batches: one image alone has no batch norm
-    steps = epochs * -(-size // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    model.train()
-    with progress.bar(total=steps, desc="train", unit="step") as bar:
-        for _ in range(epochs):
-            for chosen in torch.randperm(len(images), generator=rng)[:size].split(BATCH):
-                optimiser.zero_grad()
-                F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
-                optimiser.step()
-                schedule.step()
-                bar.update()
-    model.eval()
+def trained(recipe: training.Recipe, root: Path | None, folder: Path, device: str, log: Path) -> None:
+    """Train a network where it is not there, and write down what came of it."""
+    own, test = (data.load(recipe.dataset, split=split, root=root) for split in ("train", "test"))
+    started, start = datetime.now(UTC), execution.clock(device)
+    reference, now = training.train(recipe, own, folder, device)
+    minutes = (execution.clock(device) - start) / 60
+    accuracy = training.accuracy(training.kept(recipe, reference, own, folder), test)
+    print(f"{reference}  {accuracy:.1%} of {len(test)} test images{'' if now else ', found again'}", flush=True)
+    if not now:
+        return
+    row = {
+        "recipe": {name: value for name, value in dataclasses.asdict(recipe).items() if name != "accuracy"},
+        "recipe_hash": recipe.hash,
+        "checkpoint": reference,
+        "bytes": (folder / f"{reference}.safetensors").stat().st_size,
+        "accuracy": accuracy,
+        "test_images": len(test),
+        "train_images": len(own),
+        "data_hash": own.hash(range(len(own))),
+        "minutes": round(minutes, 2),
+        "device": provenance.device_name(device),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+        "started": started.isoformat(timespec="seconds"),
+    }
+    results.append_row(log, row)
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="A model of `gi list models`.")],
-    dataset: Annotated[str, typer.Argument(help="A dataset of `gi list datasets`.")],
-    epochs: Annotated[int, typer.Option(min=1)] = 20,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    model: Annotated[str, typer.Argument(help="A model of `gi list models`; or `missing`, or `all`.")],
+    dataset: Annotated[str | None, typer.Argument(help="A dataset of `gi list datasets`.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, show_default="the recipe's")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, show_default="the recipe's")] = None,
     root: Annotated[Path | None, typer.Option(help="The data root.", show_default="$GI_DATA, or the cache")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = checkpoints.FOLDER,
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoints.")] = checkpoints.FOLDER,
+    device: Annotated[str | None, typer.Option(show_default="a GPU where there is one")] = None,
+    log: Annotated[Path, typer.Option(help="Where it is written down.")] = LOG,
 ) -> None:
-    """Train a model on the train split of a dataset, and print the checkpoint that a case names."""
-    own, other = (data.load(dataset, split=split, root=root) for split in ("train", "test"))
-    shape = {"num_classes": own.num_classes, "image_shape": own.image_shape}
-    net = models.build(model, **shape, seed=seed, mean=own.mean, std=own.std)
-    everything = own.batch(range(len(own)))
-
-    def make() -> checkpoints.Tensors:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # dropout
-            train(net, everything.images, everything.labels, epochs, torch.Generator().manual_seed(seed))
-        return net.state_dict()
-
-    entry = models.MODELS.get(model)
-    recipe = (
-        f"train#{REVISION}",
-        f"{model}#{entry and entry.revision}",
-        own.hash(range(len(own))),
-        str(epochs),
-        str(seed),
-    )
-    tensors, reference = checkpoints.cached(f"{model}_{dataset}", recipe, make, out)
-    net.load_state_dict(tensors)
-    test = other.batch(range(len(other)))
-    with torch.no_grad():
-        guesses = torch.cat([net(part).argmax(1) for part in test.images.split(500)])
-    print(f"{reference}  {(guesses == test.labels).double().mean():.1%} of {len(test)} test images")
+    """Train one of the survey's networks, or those that are missing, and print the checkpoints."""
+    if model in ("missing", "all"):
+        if dataset is not None or epochs is not None or seed is not None:
+            raise typer.BadParameter(f"{model} trains by the recipes as they are; leave the rest out, or name a model")
+        known = [recipe for recipe in training.RECIPES.values() if model == "all" or recipe.accuracy is not None]
+        chosen = [recipe for recipe in known if checkpoints.made(recipe.name, recipe.hash, out) is None]
+    elif dataset is None:
+        raise typer.BadParameter("name the dataset as well, such as `lenet mnist`")
+    else:
+        own = training.RECIPES.get((model, dataset)) or training.Recipe(model, dataset, epochs=20)
+        changes = {"epochs": epochs, "seed": seed}
+        chosen = [dataclasses.replace(own, **{name: value for name, value in changes.items() if value is not None})]
+    for recipe in chosen:
+        trained(recipe, root, out, provenance.choose_device(device), log)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,38 @@
-"""Inverting Gradients on public trained networks and on untrained ones of the same shape, labels known, one start.
+"""Trained networks beside untrained ones: Inverting Gradients on single images.
 
-LeNet-5 on MNIST at 32 pixels, ResNet-56 on CIFAR-10, SqueezeNet 1.1 on ImageNet at 224 pixels. ResNet-20 is in the
-study `inverting_gradients`. Image i meets the untrained network drawn from seed i. The steps are what a processor
-without a GPU affords.
+The survey's models as `experiments/train.py` trains them on CIFAR-10, at the survey's second rung with its tuned
+settings; image i meets the one trained network, and in the study `survey` the untrained one of seed i. Networks whose
+checkpoint the project does not keep are made by `python experiments/train.py MODEL cifar10`.
+
+And public networks beside untrained ones of the same shape, labels known: LeNet-5 on MNIST at 32 pixels, ResNet-56 on
+CIFAR-10, SqueezeNet 1.1 on ImageNet at 224 pixels, at the weight of the prior of the authors' command line.
 """
 
-from gi_lib import ThreatModel
-from gi_lib.attacks import InvertingGradients
-from gi_lib.bench import Case
+import dataclasses
+from pathlib import Path
 
+from gi_lib import ThreatModel, results
+from gi_lib.attacks import InvertingGradients
+from gi_lib.bench import Case, protocol
+from gi_lib.training import RECIPES
+
+TUNING = results.by_key(Path(__file__).parents[1] / "results" / "tuning.jsonl")
 TARGETS = (  # model, its weights, dataset, size, steps
     ("lenet5", "mnist_lenet5", "mnist", 32, 2000),
     ("resnet56", "cifar10_resnet56", "cifar10", None, 600),
     ("squeezenet", "imagenet_squeezenet", "imagenet", None, 200),
 )
 
-CASES = [
+OWN = []
+for model, dataset in RECIPES:
+    tuned = protocol.tuned(InvertingGradients(), model, dataset, TUNING) if dataset == "cifar10" else None
+    if tuned is not None:
+        OWN += [
+            dataclasses.replace(case, weights="trained")
+            for case in protocol.cell(tuned, model, dataset, rung=2, stage=5)
+        ]
+
+CASES = OWN + [
     Case(
         InvertingGradients(steps=steps),
         model,
@@ -26,6 +43,7 @@ CASES = [
         size=size,
         threat=ThreatModel(knows_labels=True),
         profile="survey",
+        stage=8,
     )
     for i in range(4)
     for model, weights, dataset, size, steps in TARGETS

@@ -23,15 +23,22 @@ Tensors = dict[str, Tensor]
 _DIGITS = 8
 
 
-def save(name: str, tensors: Tensors, folder: Path = FOLDER) -> str:
+def save(name: str, tensors: Tensors, folder: Path = FOLDER, *, origin: str | None = None) -> str:
     """Keep tensors as a checkpoint; returns its reference, `name@hash`.
+
+    Args:
+        name: of what they are.
+        tensors: by their own names.
+        folder: where it is kept.
+        origin: a text that the file holds beside them, such as the hash of the data that they come from.
 
     Raises:
         ValueError: the name has more than letters, digits, "_" and "-".
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"a checkpoint's name is made of letters, digits, _ and -, got {name!r}")
-    content = safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    content = safetensors.torch.save(kept, None if origin is None else {"origin": origin})
     reference = f"{name}@{_digest(content)}"
     _write(Path(folder) / f"{reference}.safetensors", content)
     return reference
@@ -58,6 +65,17 @@ def load(reference: str, folder: Path = FOLDER) -> Tensors:
         raise ValueError(f"{path} is not a safetensors file ({error}); copy it afresh") from error
 
 
+def origin(reference: str, folder: Path = FOLDER) -> str | None:
+    """What `save` was told of where the tensors come from.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load`.
+    """
+    load(reference, folder)
+    with safetensors.safe_open(Path(folder) / f"{reference}.safetensors", "pt") as file:
+        return (file.metadata() or {}).get("origin")
+
+
 def check_reference(reference: str) -> str:
     """The reference, if it has the form name@hash; else ValueError."""
     if not isinstance(reference, str) or not re.fullmatch(rf"[\w-]+@[0-9a-f]{{{_DIGITS}}}", reference):
@@ -78,15 +96,29 @@ def cached(name: str, parts: tuple[str, ...], make: Callable[[], Tensors], folde
         The tensors, and their reference, `name@hash` of the bytes, to be written into a record.
     """
     recipe = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    pointer = Path(folder) / f"{name}-{recipe}.made"
-    if pointer.is_file():
-        reference = pointer.read_text(encoding="utf-8").strip()
-        with contextlib.suppress(ValueError, FileNotFoundError):  # deleted or damaged: it is made anew
-            return load(reference, folder), reference
-    tensors = make()
-    reference = save(name, tensors, folder)
-    _write(pointer, f"{reference}\n".encode())
+    reference = made(name, recipe, folder)
+    if reference is None:
+        reference = save(name, make(), folder)
+        point(name, recipe, reference, folder)
     return load(reference, folder), reference
+
+
+def made(name: str, recipe: str, folder: Path = FOLDER) -> str | None:
+    """The reference of what was made by a recipe, named by its hash; None where it is not there, or is damaged."""
+    with contextlib.suppress(ValueError, FileNotFoundError):
+        reference = _pointer(name, recipe, folder).read_text(encoding="utf-8").strip()
+        load(reference, folder)
+        return reference
+    return None
+
+
+def point(name: str, recipe: str, reference: str, folder: Path = FOLDER) -> None:
+    """Write down that a recipe, named by its hash, has made this; `made` finds it."""
+    _write(_pointer(name, recipe, folder), f"{check_reference(reference)}\n".encode())
+
+
+def _pointer(name: str, recipe: str, folder: Path) -> Path:
+    return Path(folder) / f"{name}-{recipe}.made"
 
 
 def _digest(content: bytes) -> str:

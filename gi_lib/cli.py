@@ -329,6 +329,11 @@ def run(
 
     files = _study_files(studies)
     loaded = {file: load_study(file) for file in files}
+    if not any(cases for cases, _ in loaded.values()):
+        raise ValueError(
+            f"{', '.join(map(str, files))} needs a list CASES of gi_lib.bench.Case with at least one entry; a study"
+            " whose cases wait for the records of another is run together with that one: gi run experiments"
+        )
     paths = {file: out / f"{file.stem}.jsonl" for file in files}
     several = len(files) > 1
     where = out if several else paths[files[0]]
@@ -353,22 +358,29 @@ def run(
             engine = bench.pool(workers, own_limit if limit is None else limit)
         tried: set[str] = set()
         with engine as executor:
-            while True:
-                cases = {paths[file]: study for file, (study, _) in loaded.items()}
-                tried |= {bench.key(case) for study in cases.values() for case in study}
+            while stages := {
+                case.stage
+                for file, (cases, _) in loaded.items()
+                for case in bench.missing(cases, paths[file])
+                if bench.key(case) not in tried
+            }:
+                now = {
+                    paths[file]: [case for case in cases if not several or case.stage == min(stages)]
+                    for file, (cases, _) in loaded.items()
+                }
+                tried |= {bench.key(case) for cases in now.values() for case in cases}
                 order = _cheapest_first(bench.by_records(_records(out))) if several else None
-                unchanged = _unchanged(files)
-                rows = bench.queue(cases, executor=executor, root=root, device=device, order=order, each=unchanged)
+                bench.queue(now, executor=executor, root=root, device=device, order=order, each=_unchanged(files))
                 # Records may have brought a study new cases, as those of a tuning do.
                 loaded = {file: load_study(file) for file in files}
-                if all(bench.key(case) in tried for study, _ in loaded.values() for case in study):
-                    break
     except KeyboardInterrupt:
         there = (path for path in paths.values() if path.exists())
         kept = sum(row["status"] == "ok" for path in there for row in results.rows(path))
         _complain(f"interrupted; {kept} finished cases are kept in {where}, the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
-    _report([row for part in rows.values() for row in part], where)
+    rows = {file: results.by_key(paths[file]) for file in files}
+    wanted = dict.fromkeys((file, bench.key(case)) for file, (cases, _) in loaded.items() for case in cases)
+    _report([rows[file][name] for file, name in wanted], where)
 
 
 def _records(out: Path) -> "Iterator[Record]":
@@ -378,9 +390,9 @@ def _records(out: Path) -> "Iterator[Record]":
         yield from results.rows(path)
 
 
-def _cheapest_first(estimate: "Estimate") -> "Callable[[Case], tuple[int, float]]":
-    """Stage by stage; what no record tells comes first, and tells the rest."""
-    return lambda case: (case.stage, estimate(case) or 0.0)
+def _cheapest_first(estimate: "Estimate") -> "Callable[[Case], float]":
+    """What no record tells comes first, and tells the rest."""
+    return lambda case: estimate(case) or 0.0
 
 
 def _unchanged(files: Sequence[Path]) -> Callable[[], None]:
@@ -453,7 +465,7 @@ def load_study(path: Path) -> "tuple[list[Case], float | None]":
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it can't be run, or has no cases.
+        ValueError: it can't be run, or has no CASES.
     """
     import runpy
 
@@ -470,7 +482,7 @@ def load_study(path: Path) -> "tuple[list[Case], float | None]":
         cases = list(found.get("CASES") or ())
     except Exception as error:
         raise ValueError(f"{path} could not be run: {type(error).__name__}: {error}") from error
-    if not cases or not all(isinstance(case, Case) for case in cases):
+    if "CASES" not in found or not all(isinstance(case, Case) for case in cases):
         raise ValueError(f"{path} needs a list CASES of gi_lib.bench.Case with at least one entry")
     limit = found.get("LIMIT")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0):

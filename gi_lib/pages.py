@@ -289,7 +289,8 @@ def leaderboard(frame: pd.DataFrame) -> Html:
     rows = [_ranked(part, row, studies) for part, row in zip(groups, summary, strict=True)]
     rows.sort(key=lambda row: (-row["found"] / row["tried"], math.inf if _empty(row["above"]) else -row["above"]))
     luck = _beyond([row["luck"] for row in rows])
-    better, rest = [], []
+    better: list[str] = []
+    rest: list[str] = []
     for row in rows:
         (better if row["above"] > 0 or row["luck"] <= luck else rest).append(_board_row(row))
     head = "".join(
@@ -329,7 +330,7 @@ def _beyond(luck: Sequence[float]) -> float:
 def _ranked(cases: pd.DataFrame, summary: dict[str, Any], studies: dict[str, list[str]]) -> dict[str, Any]:
     """A row of the leaderboard: a group's summary, its first record for what they all share, and what ranks it."""
     tried = int(cases["batch_size"].sum())
-    found = 0 if _empty(summary["identified"]) else round(summary["identified"] * summary["images"])
+    found = sum(sum(images) for images in cases["identified"] if isinstance(images, list))
     chance = 0.0 if _empty(summary["chance"]) else summary["chance"]
     fewer = sum(math.comb(tried, k) * chance**k * (1 - chance) ** (tried - k) for k in range(found))
     return {
@@ -346,27 +347,29 @@ def _ranked(cases: pd.DataFrame, summary: dict[str, Any], studies: dict[str, lis
 
 
 def _board_row(row: dict[str, Any]) -> str:
-    cells = {name: write(row) for name, (_, write) in BOARD.items()}
     share = f' data-value="{row["found"] / row["tried"]:.4g}"'
-    return (
-        "<tr>" + "".join(f"<td{share if n == 'identified' else ''}>{text}</td>" for n, text in cells.items()) + "</tr>"
-    )
+    cells = (f"<td{share if name == 'identified' else ''}>{write(row)}</td>" for name, (_, write) in BOARD.items())
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def _setting(row: dict[str, Any]) -> str:
     """What of an attack and its case is not at its default; not its steps, which the evaluations tell."""
-    own = re.sub(r"\bsteps=\d+(, )?", "", row["attack_text"].partition("(")[2].removesuffix(")")).removesuffix(", ")
+    own = re.sub(r"\bsteps=\d+(, )?", "", row["attack_text"].partition("(")[2].removesuffix(")"))
     facts = re.findall(r"(\w+)=(\w+)", row["threat"])
-    said = [own, *(name.replace("_", " ") + ("" if value == "True" else ": no") for name, value in facts)]
-    said += ["" if row["client"] == "FedSGD" else row["client"], "" if _empty(row["defense"]) else row["defense"]]
-    said += [
-        "" if _empty(row["size"]) else f"{row['size']} px",
-        "" if row["precision"] == "float32" else row["precision"],
-    ]
-    said += ["train mode" if row["train"] else "", f"{row['clients']} clients" if row["clients"] > 1 else ""]
-    said += ["" if _empty(row["auxiliary"]) else f"auxiliary {row['auxiliary']}"]
-    said += [f"{row['rounds']} rounds" if row["rounds"] > 1 else ""]
-    return ", ".join(filter(None, said))
+    granted = ", ".join(name.replace("_", " ") + ("" if value == "True" else ": no") for name, value in facts)
+    said = {
+        own.removesuffix(", "): True,
+        granted.replace(", knows ", ", "): True,
+        row["client"]: row["client"] != "FedSGD",
+        row["defense"]: not _empty(row["defense"]),
+        f"{row['size']} px": not _empty(row["size"]),
+        row["precision"]: row["precision"] != "float32",
+        "train mode": row["train"],
+        f"{row['clients']} clients": row["clients"] > 1,
+        f"{row['rounds']} rounds": row["rounds"] > 1,
+        f"auxiliary {row['auxiliary']}": not _empty(row["auxiliary"]),
+    }
+    return ", ".join(text for text, unusual in said.items() if text and unusual)
 
 
 def _two_lines(name: str, more: str) -> str:
@@ -375,7 +378,7 @@ def _two_lines(name: str, more: str) -> str:
 
 def _identified(row: dict[str, Any]) -> str:
     failed = f", {row['failed']} failed" if row["failed"] else ""
-    return f"{row['found']} of {row['tried']}{failed}, chance {100 * row['chance']:.2g} %"
+    return f"{row['found']} of {row['tried']}{failed}<small>, chance {100 * row['chance']:.2g} %</small>"
 
 
 def _study_link(name: str) -> str:

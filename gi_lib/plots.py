@@ -40,7 +40,7 @@ __all__ = [
     "picture_grid",
     "provenance",
     "provenance_live",
-    "quality_against_time",
+    "quality_against_cost",
     "slider",
     "table",
 ]
@@ -145,25 +145,28 @@ def losses(trace: Float[Tensor, "steps R"], *, chosen: int | None = None) -> Fig
     return Figure(figure, f"Matching loss of {restarts} over {len(values)} steps{reached}.")
 
 
-def quality_against_time(
+def quality_against_cost(
     frame: pd.DataFrame,
     by: Sequence[str] = ("attack",),
-    clock: str = "training_steps",
+    cost: str = "training_steps",
     panels: str | None = None,
+    along: str | None = None,
 ) -> Figure:
-    """Mean PSNR with its 95 % interval against the median cost of a case, one point a group.
+    """Mean dB above the floor with its 95 % interval against the median cost of a case, one point a group.
 
     Args:
         frame: from `results.read`.
         by: columns that make a group.
-        clock: "training_steps" (comparable between machines), "seconds" or "steps".
+        cost: "training_steps" (comparable between machines), "gradient_evaluations", "seconds" or "steps".
         panels: a column; each of its values gets a panel of its own, all with the same axes.
+        along: a column, such as the budget; a group has a point for each of its values, and a line joins them.
     """
     unit = {
         "training_steps": "cost of a case in training steps",
+        "gradient_evaluations": "gradient evaluations of a case",
         "seconds": "seconds a case",
         "steps": "steps",
-    }[clock]
+    }[cost]
     parts = {"": frame}
     if panels is not None:
         parts = {_say(panels, value): part for value, part in frame.groupby(panels, sort=False, dropna=False)}
@@ -173,24 +176,35 @@ def quality_against_time(
     looks: dict[str, dict] = {}
     drawn, said = {}, []
     for (title, part), axes in zip(parts.items(), grid, strict=False):
+        groups = results.summarise(part, [*by, along] if along else by).dropna(subset=["above", cost])
         points = []
-        for _, row in results.summarise(part, by).dropna(subset=["psnr", clock]).iterrows():
-            name = ", ".join(_say(column, row[column]) for column in by)
+        for group, rows in groups.groupby(list(by), sort=False, dropna=False):
+            name, rows = ", ".join(map(_say, by, group)), rows.sort_values(cost)
             if name not in looks:
                 looks[name] = next(styles)
-            interval = [[row["psnr"] - row["psnr_low"]], [row["psnr_high"] - row["psnr"]]]
-            drawn[name] = axes.errorbar(row[clock], row["psnr"], interval, capsize=3, linestyle="", **looks[name])
-            points.append(f"{name}: {row['psnr']:.1f} dB at {row[clock]:.3g}")
+            reach = [rows["above"] - rows["above_low"], rows["above_high"] - rows["above"]]
+            drawn[name] = axes.errorbar(
+                rows[cost],
+                rows["above"],
+                reach,
+                capsize=3,
+                linestyle="-" if along else "",
+                linewidth=1.2,
+                **looks[name],
+            )
+            ends = ", ".join(f"{y:+.1f} dB at {x:.3g}" for x, y in zip(rows[cost], rows["above"], strict=True))
+            points.append(f"{name}: {ends}")
+        axes.axhline(0, color="#444444", linewidth=0.8, linestyle=":")
         axes.set(xscale="log", title=title)
         said += [(f"{title}: " if title else "") + "; ".join(points)] if points else []
     for axes in grid[len(parts) :]:
         axes.set_visible(False)
     figure.supxlabel(unit, fontsize="medium")
-    figure.supylabel("PSNR (dB)", fontsize="medium")
+    figure.supylabel("dB above the floor", fontsize="medium")
     if drawn:
         place = {"loc": "outside upper center", "ncols": 3, "fontsize": "small", "frameon": False}
         figure.legend(list(drawn.values()), list(drawn), **place)
-    return Figure(figure, f"PSNR against {unit}. {'. '.join(said) or 'No case has run'}.")
+    return Figure(figure, f"Decibels above the floor against {unit}. {'. '.join(said) or 'No case has run'}.")
 
 
 def heatmap(
@@ -198,19 +212,20 @@ def heatmap(
     rows: str = "model",
     columns: str = "dataset",
     order: Levels | None = None,
-    limits: tuple[float, float] = (5, 40),
-    value: str = "psnr",
+    limits: tuple[float, float] = (0, 20),
+    marks: Mapping[tuple, str] | None = None,
 ) -> Figure:
-    """Mean decibels of each pair of a row and a column, with the cases that succeeded of those that ran.
+    """Mean dB above the floor of each pair of a row and a column, and below it the images identified of those attacked.
 
-    A cell without a number says why: not run (white, "not run"), all failed (crossed) or does not apply (hatched).
+    A cell at or under the floor is grey and hatched. A cell without a number says why: not run (white, "not run"), all
+    failed (crossed) or does not apply (hatched).
 
     Args:
         frame: records of one technique, from `results.read`.
         rows, columns: names of columns of `frame`.
         order: all the values of them to be shown.
         limits: decibels where the colours end; the number in the cell does not end there.
-        value: "psnr", or "above" for decibels above the floor, the PSNR of an image's own mean colour.
+        marks: (row, column) -> what stands behind the number, such as a sign for a plateau.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -228,7 +243,7 @@ def heatmap(
     for i, down in enumerate(shown[rows]):
         cells = []
         for j, across in enumerate(shown[columns]):
-            text, ground, hatch = _heat(found.get((down, across)), value, scale)
+            text, ground, hatch = _heat(found.get((down, across)), scale, (marks or {}).get((down, across), ""))
             axes.add_patch(
                 Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=ground, edgecolor="#999999", hatch=hatch, lw=0.6)
             )
@@ -244,28 +259,27 @@ def heatmap(
     axes.set_xticks(range(width), [_say(columns, value) for value in shown[columns]])
     axes.set_yticks(range(height), [_say(rows, value) for value in shown[rows]])
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-    title = {"psnr": "mean PSNR in dB", "above": "mean PSNR above the floor in dB"}[value]
-    figure.colorbar(scale, ax=axes, label=title, extend="both", fraction=0.05)
+    figure.colorbar(scale, ax=axes, label="mean dB above the floor", extend="max", fraction=0.05)
     values = "; ".join([*said, f"not run: {missing} of {height * width} cells"])
-    said_first = f"{title[0].upper()}{title[1:]} and cases that succeeded, {rows} by {columns}."
-    return Figure(figure, f"{said_first} {values}.")
+    return Figure(figure, f"Mean dB above the floor and images identified, {rows} by {columns}. {values}.")
 
 
 _NOT_RUN = "not run"
 
 
-def _heat(row: Mapping | None, value: str, scale: Any) -> tuple[str, tuple[float, ...], str]:
+def _heat(row: Mapping | None, scale: Any, mark: str) -> tuple[str, tuple[float, ...], str]:
     """What one cell of a heat map says, its colour and its hatch."""
-    white = (1.0, 1.0, 1.0, 1.0)
+    white, grey = (1.0, 1.0, 1.0, 1.0), (0.87, 0.87, 0.87, 1.0)
     if row is None:
         return _NOT_RUN, white, ""
     if not row["n"]:
         return "does not\napply", white, "////"
     if not row["ok"]:
         return f"failed\n0/{row['n']}", white, "xxxx"
-    if row[value] != row[value]:
+    if row["above"] != row["above"]:
         return f"missed\n{row['ok']}/{row['n']}", white, "////"
-    return f"{row[value]:.1f}\n{row['ok']}/{row['n']}", scale.to_rgba(row[value]), ""
+    text = f"{row['above']:+.1f}{mark}\n{round(row['identified'] * row['images'])}/{row['images']} found"
+    return text, *((scale.to_rgba(row["above"]), "") if row["above"] > 0 else (grey, "...."))
 
 
 def curves(frame: pd.DataFrame, x: str, y: str, by: Sequence[str], labels: tuple[str, str]) -> Figure:
@@ -335,17 +349,24 @@ def _interval(row: Mapping) -> str:
     return f"{row['psnr']:.1f} ({row['psnr_low']:.1f} to {row['psnr_high']:.1f})"
 
 
+def _found(row: Mapping) -> str:
+    """Images identified of those that came back or were missed, and how many chance would give."""
+    if np.isnan(row["identified"]):
+        return ""
+    return f"{round(row['identified'] * row['images'])} of {row['images']} (chance {row['chance'] * row['images']:.2g})"
+
+
 _COLUMNS: dict[str, Callable[[Mapping], str]] = {
     "ok / n": lambda row: f"{row['ok']} / {row['n']}" if row["n"] else "does not apply",
+    "identified": _found,
     "above floor (dB)": lambda row: _number(row, "above", "+.1f"),
     "PSNR (dB)": _interval,
     "SSIM": lambda row: _number(row, "ssim", ".3f"),
     "LPIPS": lambda row: _number(row, "lpips", ".3f"),
-    "identified": lambda row: _number(row, "identified", ".0%"),
     "labels": lambda row: _number(row, "label_accuracy", ".0%"),
+    "cost": lambda row: _number(row, "training_steps", ",.0f"),
     "seconds": lambda row: _number(row, "seconds", ".3g"),
     "steps": lambda row: _number(row, "steps", ".0f"),
-    "cost": lambda row: _number(row, "training_steps", ",.0f"),
 }
 
 
@@ -355,14 +376,16 @@ def picture_grid(
     rows: str = "model",
     columns: str = "dataset",
     order: Levels | None = None,
+    which: Sequence[str] = ("median",),
 ) -> Html:
-    """For each pair of a row and a column the image of median PSNR: private, then reconstructed.
+    """For each pair of a row and a column some images: private, then reconstructed, each with its own numbers.
 
     Args:
         frame: from `results.read`.
         folder: where the studies' files and pictures are.
         rows, columns: names of columns of `frame`.
         order: all the values of them to be shown; a cell without a record stays empty.
+        which: of "best", "median" and "worst", by dB above the floor.
     """
     shown = {c: list((order or {}).get(c) or dict.fromkeys(map(_plain, frame[c]))) for c in (rows, columns)}
     plain = {c: [_plain(value) for value in frame[c]] for c in (rows, columns)}
@@ -372,37 +395,54 @@ def picture_grid(
         for across in shown[columns]:
             cases = frame[[pair == (down, across) for pair in zip(plain[rows], plain[columns], strict=True)]]
             missing += cases.empty
-            cells.append(f"<td>{'' if cases.empty else _cell(cases, Path(folder))}</td>")
+            cells.append(f"<td>{'' if cases.empty else _cell(cases, Path(folder), which)}</td>")
         lines.append(f'<tr><th scope="row">{escape(_say(rows, down))}</th>{"".join(cells)}</tr>')
     head = "".join(f'<th scope="col">{escape(_say(columns, across))}</th>' for across in shown[columns])
     return Html(
         '<div style="overflow-x:auto"><table class="dataframe" style="white-space:nowrap"><thead><tr>'
         f"<td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-        '<p class="caption">Each cell: the image of median PSNR, private on the left, reconstructed on the'
-        " right; below it the PSNR of this image and the cases that succeeded."
+        f'<p class="caption">Each cell: the {_listed(which)} image by dB above its floor, private on the left,'
+        " reconstructed on the right; below it its own PSNR, and whether it identifies the private image."
         f" {_not_run(missing, len(shown[rows]) * len(shown[columns]))}</p>"
     )
 
 
-def _cell(cases: pd.DataFrame, folder: Path) -> str:
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _cell(cases: pd.DataFrame, folder: Path, which: Sequence[str]) -> str:
     if (cases["status"] == "not applicable").all():
         return "does not apply"
     done = cases[cases["status"] == "ok"]
     count = f"{len(done)} / {(cases['status'] != 'not applicable').sum()} ok"
     if done.empty:
         return count
-    images = ((psnr, i, k) for k, row in enumerate(done["psnr"]) for i, psnr in enumerate(row))
-    ranked = sorted(image for image in images if image[0] is not None)
+    images = (
+        (psnr - floor, psnr, i, k)
+        for k, (psnrs, floors) in enumerate(zip(done["psnr"], done["floor"], strict=True))
+        for i, (psnr, floor) in enumerate(zip(psnrs, floors, strict=True))
+        if psnr is not None
+    )
+    ranked = sorted(images)
     if not ranked:
         return f"missed, {count}"
-    psnr, i, k = ranked[(len(ranked) - 1) // 2]
+    at = {"worst": 0, "median": (len(ranked) - 1) // 2, "best": len(ranked) - 1}
+    shown = [_pair(done, folder, name if len(which) > 1 else "", *ranked[at[name]]) for name in which]
+    return "".join([*shown, f'<div style="margin-top:.2rem">{count}</div>'])
+
+
+def _pair(done: pd.DataFrame, folder: Path, name: str, above: float, psnr: float, i: int, k: int) -> str:
+    """One image and its reconstruction, with the numbers of this image."""
     case = done.iloc[k]
     path = results.picture_path(folder / f"{case['study']}.jsonl", case["key"])
     truth, reconstruction = results.read_picture(path, case["batch_size"])
     where = f"{case['attack']} on {case['model']}, {case['dataset']}"
     alt = f"Private image and reconstruction, {where}, {psnr:.1f} dB"
-    own = f"{psnr:.1f} dB, {psnr - case['floor'][i]:+.1f} from its floor"
-    return f"{picture(torch.stack([truth[i], reconstruction[i]]), alt, shown=64)}{own}; {count}"
+    found = "identified" if case["identified"][i] else "not identified"
+    own = f"{name and name + ': '}{psnr:.1f} dB, {above:+.1f} from its floor, {found}"
+    side = 64 if not name else 48
+    return f"{picture(torch.stack([truth[i], reconstruction[i]]), alt, shown=side)}<div>{own}</div>"
 
 
 def _not_run(missing: int, cells: int) -> str:

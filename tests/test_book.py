@@ -16,13 +16,13 @@ import tomllib
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urlencode, urlsplit
 
 import cells
 import pytest
 import yaml
 
-from gi_lib.pages import EXPLORED
+from gi_lib.pages import BOARD, EXPLORED
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = cells.chapters()
@@ -133,13 +133,14 @@ def test_every_page_is_in_the_table_of_contents():
 
 
 def test_chapters_carry_their_numbers_in_order():
-    """Notebooks of the appendices and the results explorer have none."""
+    """Notebooks of the appendices, the leaderboard and the results explorer have none."""
     numbers = []
     for part, pages in contents().items():
         for path in (ROOT / f"{page}.ipynb" for page in pages):
             if path.exists():
                 title = re.match(r"# (?:(\d+)\. )?\S", source(notebook(path)["cells"][0]))
-                assert bool(title[1]) == (part != "Appendices" and path.stem != "explorer"), path.name
+                plain = part == "Appendices" or path.stem in ("leaderboard", "explorer")
+                assert bool(title[1]) != plain, path.name
                 numbers += [int(title[1])] if title[1] else []
     assert numbers == sorted(set(numbers))
 
@@ -401,6 +402,34 @@ def test_explorer_filters_searches_and_sorts_by_its_address(site, origin, tmp_pa
     dom = browse(f"{origin}/book/explorer.html#q={row['key']}+{row['study']}", tmp_path)
     assert [line[-1] for line in shown_by(dom)] == [row["key"]]
     assert "No record fits." in browse(f"{origin}/book/explorer.html#q=no+such+record", tmp_path)
+
+
+# --- the leaderboard
+
+
+def board(dom):
+    """Each row of the leaderboard that is seen, in its order, as the texts of its cells."""
+    lines = re.findall(r"<tr>(.*?)</tr>", re.search(r"<tbody.*</tbody>", dom, re.DOTALL)[0], re.DOTALL)
+    return [[re.sub(r"<small>.*?</small>|<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", x)] for x in lines]
+
+
+def test_leaderboard_sorts_and_filters_by_its_address_and_stands_without_scripts(site, origin, tmp_path):
+    page = f"{origin}/book/leaderboard.html"
+    plain = board((site / "book/leaderboard.html").read_text())
+    dom = browse(page, tmp_path)
+    assert board(dom) == plain and f"{len(plain)} of {len(plain)} rows" in dom
+    assert dom.count('aria-sort="descending"') == 1 and dom.count('aria-sort="none"') == len(BOARD) - 1
+    cost = list(BOARD).index("cost in training steps")
+    view = urlencode({"technique": plain[-1][0], "dataset": plain[-1][3], "sort": "cost in training steps"})
+    dom = browse(f"{page}#{view}", tmp_path)
+    fits = [row for row in plain if (row[0], row[3]) == (plain[-1][0], plain[-1][3])]
+    rows = board(dom)
+    assert f"{len(fits)} of {len(plain)} rows" in dom and sorted(rows) == sorted(fits)
+    assert 'aria-sort="ascending"><button type="button">cost in training steps' in dom
+    for part in re.findall(r"<tbody.*?</tbody>", dom, re.DOTALL):
+        values = [float(row[cost].replace(",", "")) for row in board(part) if row[cost]]
+        assert values == sorted(values)
+    assert "no row of" in browse(f"{page}#technique=none", tmp_path)
 
 
 # --- continuous integration

@@ -1,14 +1,9 @@
 """Checkpoints: a name with its hash stands for one set of numbers for ever."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 
-from gi_lib import checkpoints, data
-from gi_lib.attacks import BiasRatio
-from gi_lib.bench import Case, network
+from gi_lib import checkpoints
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1], dtype=torch.int64)}
 
@@ -70,6 +65,13 @@ def test_what_is_made_once_is_found_again_and_made_anew_where_its_recipe_changes
     assert checkpoints.cached("prior", ("recipe 1data", " abc"), make, tmp_path)[1] != reference
 
 
+def test_a_checkpoint_says_where_it_comes_from(tmp_path):
+    first, second = (checkpoints.save("net", TENSORS, tmp_path, origin=origin) for origin in (None, "data abc"))
+    assert first != second
+    assert (checkpoints.origin(first, tmp_path), checkpoints.origin(second, tmp_path)) == (None, "data abc")
+    assert torch.equal(checkpoints.load(second, tmp_path)["a"], TENSORS["a"])
+
+
 @pytest.mark.parametrize("damage", ["delete", "change"])
 def test_what_was_lost_or_damaged_is_made_anew(tmp_path, damage):
     _, reference = checkpoints.cached("prior", ("recipe",), lambda: TENSORS, tmp_path)
@@ -77,16 +79,3 @@ def test_what_was_lost_or_damaged_is_made_anew(tmp_path, damage):
     path.unlink() if damage == "delete" else path.write_bytes(b"no")
     found, same = checkpoints.cached("prior", ("recipe",), lambda: TENSORS, tmp_path)
     assert same == reference and torch.equal(found["a"], TENSORS["a"])
-
-
-def test_a_model_that_was_trained_by_the_script_is_a_cases_weights(tmp_path, monkeypatch, capsys):
-    script = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "train.py"))
-    monkeypatch.setattr(checkpoints, "FOLDER", tmp_path)
-    for _ in range(2):  # the second time it is found
-        script["main"]("mlp", "digits", epochs=2, seed=0, root=None, out=tmp_path)
-    first, second = capsys.readouterr().out.splitlines()
-    reference, accuracy = first.split()[:2]
-    assert first == second and float(accuracy.rstrip("%")) > 60
-    case = Case(BiasRatio(), "mlp", "digits", (0,), weights=reference, profile="smoke")
-    model = network(case, data.load("digits"), None)
-    assert torch.equal(model.state_dict()["net.1.weight"], checkpoints.load(reference, tmp_path)["net.1.weight"])

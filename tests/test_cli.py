@@ -38,9 +38,9 @@ def gi(tmp_path, monkeypatch):
 
 def test_help_is_a_manual_page(gi):
     page = gi("--help").output
-    for word in ("gi attack dlg", "gi run experiments", "GI_DATA", "Exit codes", "table", "score", "list"):
+    for word in ("gi attack dlg", "gi run experiments", "GI_DATA", "Exit codes", "table", "gi check", "score", "list"):
         assert word in page
-    for command in ("attack", "run", "table", "score", "list"):
+    for command in ("attack", "run", "check", "table", "score", "list"):
         done = gi(command, "--help")
         assert done.exit_code == 0
         assert len(done.output.splitlines()) > 5
@@ -137,6 +137,8 @@ def test_a_warning_is_one_line(gi):
         (["run", "wrong.py"], "no model is called 'lenett'; did you mean 'lenet'?"),
         (["table", "nothing.jsonl"], "no records at nothing.jsonl"),
         (["score", "nothing.jsonl"], "no records at nothing.jsonl"),
+        (["check", "missing.py"], "there is no study at missing.py"),
+        (["check", "tiny.py"], "no records at results/tiny.jsonl"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_2(gi, arguments, message):
@@ -164,6 +166,21 @@ def test_run_table_score(gi, monkeypatch):
     assert "3 filled in, 0 still missing" in gi("score", "results/tiny.jsonl").output
 
 
+def test_check_counts_what_agrees_and_lists_what_does_not(gi):
+    gi("run", "tiny.py")
+    done = gi("check", "tiny.py", "--sample", 2, "--seed", 1, "--cheapest", "--device", "cpu")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout == (
+        "3 of 3 cases have a record of this revision; 3 compared with data and picture;"
+        " 2 run again, 2 with the same digits; 0 problems\n"
+    )
+    next(Path("results/tiny").glob("*.png")).unlink()
+    done = gi("check", "tiny.py", "--sample", 0)
+    assert done.exit_code == 1 and done.stdout.endswith("1 problem\n")
+    assert done.stderr.startswith("gi: inverting_gradients on lenet, digits [") and "is missing" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_failed_cases_are_listed_and_the_code_is_1(gi):
     Path("tiny.py").write_text(STUDY.replace("range(3)", "(0, 999)"))
     done = gi("run", "tiny.py", "--out", "elsewhere")
@@ -188,6 +205,72 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(gi, monkeypatch):
     assert "2 finished cases are kept in results/tiny.jsonl, the same command goes on" in done.stderr
     assert len(results.rows(Path("results/tiny.jsonl"))) == 2
     assert "3 ok, of 3 cases" in gi("run", "tiny.py").output
+
+
+OTHER = STUDY.replace("steps=2", "steps=30").replace('profile="smoke"', 'profile="smoke", stage=2')
+
+
+def test_a_folder_of_studies_is_one_queue(gi, monkeypatch):
+    """Stage by stage, and within a stage what is cheapest by the records so far."""
+    ran = []
+    measure = bench.measure
+    monkeypatch.setattr(bench, "measure", lambda case, *rest: ran.append(case.attack.steps) or measure(case, *rest))
+    folder = Path("studies")
+    folder.mkdir()
+    (folder / "a.py").write_text(OTHER)
+    (folder / "b.py").write_text(STUDY.replace("steps=2", "steps=9").replace("range(3)", "(0,)"))
+    (folder / "c.py").write_text(STUDY)
+    (folder / "script.py").write_text("raise SystemExit('no study')")
+    gi("run", folder / "c.py")
+    ran.clear()
+    (folder / "c.py").write_text(STUDY.replace("range(3)", "range(5)"))
+    done = gi("run", folder)
+    assert done.exit_code == 0 and "9 ok, of 9 cases; records: results" in done.output
+    assert ran == [2, 2, 9, 30, 30, 30]
+    assert [len(results.rows(Path(f"results/{name}.jsonl"))) for name in "abc"] == [3, 1, 5]
+
+
+def test_the_plan_of_several_studies_is_told_by_records(gi):
+    Path("other.py").write_text(OTHER)
+    gi("run", "tiny.py")
+    done = gi("run", "tiny.py", "other.py", "--plan")
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert lines[0].startswith("stage 2: 3 cases, ") and "3 of 6 cases are done; 3 run, 0 do not" in lines[-1]
+    assert not Path("results/other.jsonl").exists()
+
+
+def test_records_may_bring_a_study_new_cases(gi):
+    Path("grows.py").write_text(
+        STUDY.replace("range(3)", "range(2 if results.by_key(OWN) else 1)").replace(
+            "\nCASES",
+            "from pathlib import Path\nfrom gi_lib import results\nOWN = Path('results/grows.jsonl')\nCASES",
+            1,
+        )
+    )
+    done = gi("run", "grows.py")
+    assert done.exit_code == 0 and "2 ok, of 2 cases" in done.output
+
+
+def test_a_study_that_changes_while_it_runs_is_said_so(gi, monkeypatch):
+    measure = bench.measure
+
+    def changed(case, *rest):
+        Path("tiny.py").write_text(STUDY + "# other\n")
+        return measure(case, *rest)
+
+    monkeypatch.setattr(bench, "measure", changed)
+    done = gi("run", "tiny.py")
+    assert done.exit_code == 2
+    assert "tiny.py has changed while its cases run; what is done is kept. Start the same command again" in done.stderr
+    assert len(results.rows(Path("results/tiny.jsonl"))) == 1
+    assert "3 ok, of 3 cases" in gi("run", "tiny.py").output
+
+
+def test_a_folder_without_a_study_is_said_so(gi):
+    Path("empty").mkdir()
+    done = gi("run", "empty")
+    assert done.exit_code == 2 and "no Python file in empty has a list CASES" in done.stderr
 
 
 def test_what_does_not_apply_is_counted_apart(gi):

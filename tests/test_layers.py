@@ -16,6 +16,7 @@ ABOVE = {  # module -> the modules of gi_lib that it may import
     "matching": {"types", "execution"},
     "checkpoints": set(),
     "copies": {"types", "execution"},
+    "training": {"types", "progress", "models", "data", "checkpoints"},
     "priors": {"types", "copies", "matching"},
     "models": {"types", "copies", "models"},
     "data": {"types", "data"},

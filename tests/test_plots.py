@@ -12,7 +12,7 @@ import torch
 from gi_lib import metrics, plots, results
 from gi_lib.attacks import InvertingGradients
 from gi_lib.bench import Case, run
-from gi_lib.pages import explorer
+from gi_lib.pages import BOARD, explorer, leaderboard
 
 OUTSIDE = re.compile(r"https?://|//cdn|@import|url\(")
 
@@ -92,25 +92,25 @@ def test_losses_are_a_figure_with_an_alt_text():
     assert page == figure._repr_html_()
 
 
-def test_quality_against_time(study):
-    figure = plots.quality_against_time(results.read(study), by=["attack", "model"])
+def test_quality_against_cost(study):
+    figure = plots.quality_against_cost(results.read(study), by=["attack", "model"])
     assert figure.alt.count(" dB at ") == 2
     assert "inverting_gradients, lenet" in figure.alt
     assert figure._repr_html_().startswith("<img")
 
 
-def test_quality_against_time_in_panels(study):
-    figure = plots.quality_against_time(results.read(study), panels="model")
+def test_quality_against_cost_in_panels(study):
+    figure = plots.quality_against_cost(results.read(study), panels="model")
     assert [axes.get_title() for axes in figure.figure.axes] == ["lenet", "mlp"]
     assert "lenet: inverting_gradients: " in figure.alt and "mlp: inverting_gradients: " in figure.alt
     nothing = results.read(study).iloc[:0]
-    assert "No case has run" in plots.quality_against_time(nothing, panels="model")._repr_html_()
+    assert "No case has run" in plots.quality_against_cost(nothing, panels="model")._repr_html_()
 
 
 def test_groups_without_a_value_are_drawn_too(study):
     frame = results.read(study)
     frame["weights"] = [None, *["trained"] * (len(frame) - 1)]
-    assert "untrained: " in plots.quality_against_time(frame, panels="weights").alt
+    assert "untrained: " in plots.quality_against_cost(frame, panels="weights").alt
     drawn = plots.curves(frame.assign(x=range(1, len(frame) + 1), y=1.0), "x", "y", ["weights"], ("x", "y"))
     assert "untrained: " in drawn.alt
 
@@ -120,9 +120,14 @@ def test_heatmap_says_in_words_what_each_cell_holds(study):
     order = {"model": ["lenet", "mlp", "vit"], "dataset": ["digits", "photos"]}
     figure = plots.heatmap(frame, order=order)
     written = [text.get_text() for text in figure.figure.axes[0].texts]
-    mean = results.summarise(frame, ["model"]).set_index("model")["psnr"]
-    assert written[:2] == [f"{mean['lenet']:.1f}\n2/3", "not run"]
-    assert f"lenet: digits {mean['lenet']:.1f} 2/3; mlp: digits {mean['mlp']:.1f} 1/1;" in figure.alt
+    rows = results.summarise(frame, ["model"]).set_index("model")
+    said = {
+        name: f"{row['above']:+.1f}\n{round(row['identified'] * row['images'])}/{row['images']:.0f} found"
+        for name, row in rows.iterrows()
+    }
+    assert written[:2] == [said["lenet"], "not run"]
+    alt = {name: text.replace("\n", " ") for name, text in said.items()}
+    assert f"lenet: digits {alt['lenet']}; mlp: digits {alt['mlp']};" in figure.alt
     assert "not run: 4 of 6 cells" in figure.alt and "vit" not in figure.alt
     assert figure._repr_html_().startswith("<img")
 
@@ -142,6 +147,16 @@ def test_heatmap_tells_failed_from_not_applicable_without_colour(study):
     assert [text.get_text() for text in axes.texts] == ["failed\n0/1", "does not\napply"]
     assert len({patch.get_hatch() for patch in axes.patches}) == 2
     assert "lenet: digits failed 0/1; mlp: digits does not apply; not run: 0 of 2 cells" in figure.alt
+
+
+def test_heatmap_marks_what_lies_under_the_floor_without_colour(study):
+    frame = results.read(study)
+    done = frame[frame["status"] == "ok"]
+    for shift, hatch in ((-3.0, "...."), (3.0, "")):
+        psnr = [[f + shift for f in floors] for floors in done["floor"]]
+        axes = plots.heatmap(done.assign(psnr=psnr, model="lenet"), marks={("lenet", "digits"): "*"}).figure.axes[0]
+        assert axes.texts[0].get_text().startswith(f"{shift:+.1f}*")
+        assert (axes.patches[0].get_hatch() or "") == hatch
 
 
 def test_heatmap_without_records_is_an_empty_grid(study):
@@ -182,6 +197,17 @@ def test_picture_grid(study):
     assert "0 / 1 ok" in str(plots.picture_grid(failed, study.parent))
 
 
+def test_picture_grid_shows_each_image_with_its_own_numbers(study):
+    frame = results.read(study)
+    lenet = frame[(frame["model"] == "lenet") & (frame["status"] == "ok")]
+    page = str(plots.picture_grid(lenet, study.parent, which=("best", "worst")))
+    above = sorted(
+        p - f for ps, fs in zip(lenet["psnr"], lenet["floor"], strict=True) for p, f in zip(ps, fs, strict=True)
+    )
+    assert re.findall(r"([-+][\d.]+) from its floor", page) == [f"{above[-1]:+.1f}", f"{above[0]:+.1f}"]
+    assert page.count("<img") == 2 and "the best and worst image" in page
+
+
 def test_explorer_holds_every_record_and_only_pictures_that_exist(study):
     frame = results.read(study)
     page = str(explorer(frame, study.parent, "<p>plain</p>"))
@@ -202,6 +228,92 @@ def test_explorer_cannot_be_ended_by_what_a_record_says(study):
     frame = results.read(study).assign(error="</script><img src=x>")
     page = str(explorer(frame, study.parent))
     assert page.count("</script>") == 1 and "<img" not in page
+
+
+def lines(page):
+    """The cells of each row of each part of a leaderboard, as text; `more` is the second line of a cell."""
+    parts = re.findall(r"<tbody.*?</tbody>", str(page), re.DOTALL)
+    rows = [[re.findall(r"<td.*?</td>", row) for row in re.findall(r"<tr>.*?</tr>", part)] for part in parts]
+    plain = [[[re.sub("<[^>]*>", "", re.sub("<br>", "; ", cell)) for cell in row] for row in part] for part in rows]
+    return [[dict(zip(BOARD, row, strict=True)) for row in part] for part in plain]
+
+
+def ranked(study, **values):
+    """Records of one image each, one for each value of the lists in `values`."""
+    row = results.read(study).iloc[0].to_dict() | {"restarts": 1, "gradient_evaluations": 3}
+    row |= {"psnr": [20.0], "floor": [15.0], "identified": [False]}
+    count = len(next(iter(values.values())))
+    rows = [row | {"case": f"{i}", "model": f"m{i}"} | {k: v[i] for k, v in values.items()} for i in range(count)]
+    return pd.DataFrame(rows).astype({"size": "Int64"})
+
+
+def test_leaderboard_ranks_by_identification_then_by_the_floor(study):
+    frame = ranked(study, identified=[[False], [True], [True], [False]], psnr=[[14.0], [10.0], [16.0], [15.5]])
+    better, rest = lines(leaderboard(frame))
+    assert [row["model"] for row in better] == ["m2", "m1", "m3"] and [row["model"] for row in rest] == ["m0"]
+    assert [row["identified"] for row in better][::2] == ["1 of 1, chance 0.2 %", "0 of 1, chance 0.2 %"]
+    assert (better[0]["dB above floor"], rest[0]["dB above floor"]) == ("+1.0", "-1.0")
+    assert (better[0]["PSNR (dB)"], better[0]["gradient evaluations"], better[0]["study"]) == ("16.0", "3", "tiny")
+    page = str(leaderboard(frame))
+    assert "No better than the image's mean colour" in page and "4 rows of 4 records." in page
+    assert page.count("aria-sort") == 1 == page.count('aria-sort="descending">identified')
+    assert not OUTSIDE.search(page) and 'href="../results/tiny.jsonl"' in page
+
+
+def test_leaderboard_does_not_take_luck_for_leakage(study):
+    """One identified image of hundreds, each with a chance of 1 in 500, is what chance gives."""
+    alike = {"model": ["lenet"] * 300, "psnr": [[10.0]] * 300}
+    (better, rest) = lines(leaderboard(ranked(study, identified=[[i == 0] for i in range(300)], **alike)))
+    assert not better and rest[0]["identified"] == "1 of 300, chance 0.2 %"
+    (better, rest) = lines(leaderboard(ranked(study, identified=[[i < 5] for i in range(300)], **alike)))
+    assert not rest and better[0]["identified"] == "5 of 300, chance 0.2 %"
+
+
+def test_leaderboard_counts_failures_and_leaves_out_what_is_no_result(study):
+    frame = ranked(study, split=["test", "train", "test", "test"], model=["lenet"] * 4)
+    none = {"psnr": None, "floor": None, "identified": None, "chance": None}
+    for i, status in ((2, "not applicable"), (3, "failed")):
+        for name, value in (none | {"status": status}).items():
+            frame.at[i, name] = value
+    again = frame.iloc[:1].assign(study="other", started="2999-01-01", psnr=[[30.0]])
+    page = leaderboard(pd.concat([frame, again]))
+    ((row,), rest) = lines(page)
+    assert not rest and (row["identified"], row["PSNR (dB)"]) == ("0 of 2, 1 failed, chance 0.2 %", "30.0")
+    assert row["study"] == "other, tiny"
+    for said in ("1 rows of 2 records", "1 of attacks on train images", "1 of a case that", "1 of a technique"):
+        assert said in str(page)
+
+
+def test_leaderboard_keeps_unlike_settings_apart_and_names_them(study):
+    threat = "ThreatModel(knows_labels=True, knows_batch_size=False, malicious_server=True)"
+    frame = ranked(
+        study,
+        attack_text=[
+            "InvertingGradients(steps=9, tv=0.1)",
+            "InvertingGradients(steps=9)",
+            "InvertingGradients(steps=3)",
+        ],
+        threat=["ThreatModel()", threat, "ThreatModel()"],
+        defense=[None, "GaussianNoise(std=0.01)", None],
+        size=[64, None, None],
+        weights=[None, "trained", None],
+        batch_size=[1, 1, 1],
+        model=["lenet"] * 3,
+    )
+    (rows, _) = lines(leaderboard(frame))
+    assert {row["technique"] for row in rows} == {
+        "inverting_gradients; tv=0.1, 64 px",
+        "inverting_gradients; knows labels, batch size: no, malicious server, GaussianNoise(std=0.01)",
+        "inverting_gradients",
+    }
+    assert {row["model"] for row in rows} == {"lenet", "lenet; trained"}
+
+
+def test_leaderboard_escapes_what_a_record_says(study):
+    wrong = "<img src=x onerror=1>"
+    frame = ranked(study, attack_text=[f"Mine({wrong})"], weights=[wrong], dataset=[wrong]).assign(study=wrong)
+    page = str(leaderboard(frame))
+    assert "<img" not in page and page.count("&lt;img") == 5
 
 
 def test_provenance_names_what_made_the_numbers(study):

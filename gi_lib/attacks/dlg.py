@@ -31,7 +31,7 @@ _PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.Hardtanh)
 @dataclass(frozen=True)
 class DLG:
     needs: ClassVar[Needs] = Needs(("client", "batch_size"))
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
 
     steps: int = 300  # public code; each of up to max_iter iterations
     lr: float = 1.0  # torch's default, as in the public code

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gi_lib import checkpoints, data, federated, labels, metrics, models, optimise
+from gi_lib import checkpoints, data, federated, labels, metrics, models, optimise, training
 from gi_lib.attacks import ATTACKS
 from gi_lib.defenses import DEFENSES, Defense
 from gi_lib.federated import SGD, Adam, Client, LossGradient, ThreatModel
@@ -24,6 +24,8 @@ PROFILES = {
     "survey": "the published numbers; the record says what was spent",
 }
 """What a run is for. A profile is written down with its case; each study and chapter says what it means there."""
+TRAINED = "trained"
+"""The weights that are made by the recipe of a case's model and dataset."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Case:
         dataset: a key of data.DATASETS.
         indices: the images of the batch, by their index in the split; of all clients, one after another.
         seed: of the model, the attack and the clients.
-        weights: a key of models.WEIGHTS, name@hash of a checkpoint, or None for the untrained model.
+        weights: a key of models.WEIGHTS, "trained" for what training.RECIPES makes of the model on the dataset,
+            name@hash of a checkpoint, or None for the untrained model.
         size: side of the images in pixels; None for the dataset's own.
         split: of the dataset.
         threat, client, defense: as in `observe`.
@@ -84,7 +87,7 @@ class Case:
             if not isinstance(name, str) or name not in known:
                 raise ValueError(nearest(name, known, kind))
         if self.weights is not None:
-            _check_weights(self.weights, self.model)
+            _check_weights(self)
         whole(self, "seed", least=0)
         if self.size is not None:
             whole(self, "size")
@@ -112,17 +115,23 @@ class Case:
                 )
 
 
-def _check_weights(weights: str, model: str) -> None:
+def _check_weights(case: Case) -> None:
+    weights = case.weights
     if not isinstance(weights, str):
         raise ValueError(f"weights are named by a text, got {weights!r:.60}")
     if "@" in weights:
         checkpoints.check_reference(weights)
-        return
-    if weights not in models.WEIGHTS:
-        raise ValueError(nearest(weights, models.WEIGHTS, "set of weights"))
-    owner = models.WEIGHTS[weights].model
-    if owner != model:
-        raise ValueError(f"the weights {weights!r} belong to {owner!r}, not to {model!r}")
+    elif weights == TRAINED:
+        training.recipe(case.model, case.dataset)
+        own = data.DATASETS[case.dataset].image_shape[1]
+        if case.size not in (None, own):
+            raise ValueError(
+                f"{case.model} was trained on {case.dataset} at {own} px, not at {case.size}; leave size out"
+            )
+    elif weights not in models.WEIGHTS:
+        raise ValueError(nearest(weights, [TRAINED, *models.WEIGHTS], "set of weights"))
+    elif (owner := models.WEIGHTS[weights].model) != case.model:
+        raise ValueError(f"the weights {weights!r} belong to {owner!r}, not to {case.model!r}")
 
 
 ATTACK_NAMES: dict[type, str] = {cls: name for name, cls in ATTACKS.items()}
@@ -176,11 +185,21 @@ def identity(case: Case) -> str:
 
 
 def key(case: Case) -> str:
-    """The first 12 hexadecimal digits of the SHA-256 of the case's text and of the revisions that it rests on."""
-    rests_on = {"client": federated.revision, "solvers": optimise.revision, "metrics": metrics.revision}
+    """The first 12 hexadecimal digits of the SHA-256 of the case's text and of the revisions that it rests on.
+
+    Trained weights are one of these, by the hash of their recipe: another recipe gives the case another key, and leaves
+    its identity.
+    """
+    rests_on: dict[str, int | str] = {
+        "client": federated.revision,
+        "solvers": optimise.revision,
+        "metrics": metrics.revision,
+    }
     if not case.threat.knows_labels:
         rests_on["labels"] = labels.revision
     if case.model in models.MODELS:
         rests_on[case.model] = models.MODELS[case.model].revision
+    if case.weights == TRAINED:
+        rests_on["recipe"] = training.recipe(case.model, case.dataset).hash
     whole_text = " ".join([text(case), *(f"{name}#{number}" for name, number in rests_on.items())])
     return hashlib.sha256(whole_text.encode()).hexdigest()[:12]

@@ -30,7 +30,12 @@ EXACT = 20 * math.log10(255 * math.sqrt(12))
 """58.9 dB, the error of 8 bits: two runs that are both nearer to the truth are equally near."""
 TOLERANCE = 0.1
 """dB between a record and its rerun."""
-_OF_THE_RUN = ("status", "error", "profile", "device", "precision", "versions", "started")
+_DECLARED = (
+    *("attack", "attack_text", "model", "weights", "dataset", "split", "size", "indices", "batch_size", "seed"),
+    *("threat", "threat_letter", "client", "defense", "train", "clients", "rounds", "auxiliary", "budget"),
+    "restarts",
+)
+"""What a record says that its case has said before it ran."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def check(
     identical = 0
     for k in progress.bar(chosen, desc="reruns", unit="case"):
         again, _ = measure(wanted[k], root, device)
-        identical += all(again[name] == honest[k][name] for name in ("status", "psnr", "identified", "loss"))  # type: ignore[literal-required]
+        identical += all(again[name] == honest[k][name] for name in ("status", "psnr", "identified", "loss"))
         problems += [_line(honest[k], reason) for reason in _differences(honest[k], again, tolerance)]
     return Report(len(wanted), len(done), compared, len(chosen), identical, tuple(problems))
 
@@ -135,13 +140,11 @@ def _strangers(wanted: Mapping[str, Case], rows: Mapping[str, Record]) -> list[s
 
 
 def _misdescribed(case: Case, row: Record) -> list[str]:
-    """What the record says of its case, which tables are made of, and the case does not."""
-    said: dict[str, Any] = dict(row)
-    true = failed(case, "cpu", "")[0]
-    given = {name: value for name, value in true.items() if value is not None or name in ("weights", "size", "defense")}
-    wrong = [f"{n} {said[n]!r} is {value!r}" for n, value in given.items() if n not in _OF_THE_RUN and said[n] != value]
+    """What the record says of its case, and tables are made of, that the case does not say."""
+    said, true = dict[str, Any](row), dict[str, Any](failed(case, "cpu", "")[0])
+    wrong = [f"it says {n}={said[n]!r}, its case {true[n]!r}" for n in _DECLARED if said[n] != true[n]]
     if (row["precision"] == "float64") != case.double:
-        wrong.append(f"precision {row['precision']!r}, and the case says double={case.double}")
+        wrong.append(f"it says precision={row['precision']!r}, its case double={case.double}")
     return wrong
 
 
@@ -165,26 +168,27 @@ def _untrue(row: Record, path: Path, dataset: data.Dataset, candidates: Images) 
         return [f"chance {row['chance']} is {1 / len(candidates)}"]
     if not _near(row["floor"], metrics.floor(batch.images).tolist(), 0.01):
         return [f"floor {row['floor']} is not that of these images"]
-    if not path.is_file():
-        return [f"its picture {path} is missing"]
-    truth, images = results.read_picture(path, row["batch_size"])
-    if truth.shape != batch.images.shape:
-        return [f"its picture {path} is not one of {list(batch.images.shape)}"]
-    if (truth - batch.images).abs().max() > LEVEL:
+    try:
+        truth, images = results.read_picture(path, row["batch_size"])
+    except (OSError, ValueError, RuntimeError):
+        return [f"its picture {path} is missing or damaged"]
+    if truth.shape != batch.images.shape or (truth - batch.images).abs().max() > LEVEL:
         return [f"its picture {path} shows other private images than these"]
     found = []
     for i, psnr in enumerate(row["psnr"] or ()):
         if psnr is None:
             continue
-        own, nearest = (
-            float(metrics.mse(images[i : i + 1].expand_as(of), of).amin().sqrt())
-            for of in (batch.images[i : i + 1], candidates)
-        )
+        image, own = images[i : i + 1], _distance(images[i : i + 1], batch.images[i : i + 1])
         if abs(own - 10 ** (-psnr / 20)) > LEVEL + 1e-6:
-            found.append(f"PSNR {psnr:.2f} dB, and its picture has {-20 * math.log10(max(own, 1e-9)):.2f} dB")
-        elif row["identified"] and row["identified"][i] and own > nearest + 2 * LEVEL:
-            found.append("said to be identified, and its picture is nearer to another image")
+            found.append(f"it says PSNR {psnr:.2f} dB, its picture has {-20 * math.log10(max(own, 1e-9)):.2f} dB")
+        elif row["identified"] and row["identified"][i] and own > _distance(image, candidates) + 2 * LEVEL:
+            found.append("it says identified, its picture is nearer to another image")
     return found
+
+
+def _distance(image: Images, others: Images) -> float:
+    """Root of the mean square of the difference to the nearest."""
+    return float(metrics.mse(image.expand_as(others), others).amin().sqrt())
 
 
 def _near(values: Any, others: Any, tolerance: float) -> bool:
@@ -218,8 +222,9 @@ def _differences(row: Record, again: Record, tolerance: float) -> list[str]:
         return [f"{row['status']}, and run again {again['status']}: {again['error']}"]
     if row["status"] != "ok":
         return []
-    if row["data_hash"] != again["data_hash"]:
-        return [f"data_hash {row['data_hash']}, and run again {again['data_hash']}"]
+    weights = [each.get("checkpoint") for each in (row, again)]
+    if weights[0] != weights[1]:
+        return [f"it was made with the weights {weights[0]}, and run again with {weights[1]}"]
     alike = _place(row) == _place(again)
     if row["identified"] == again["identified"] and _near(row["psnr"], again["psnr"], 0 if alike else tolerance):
         return []

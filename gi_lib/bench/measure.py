@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gi_lib import checkpoints, data, metrics, models, provenance
-from gi_lib.bench.cases import ATTACK_NAMES, Case, identity, key, text
+from gi_lib import checkpoints, data, metrics, models, provenance, training
+from gi_lib.bench.cases import ATTACK_NAMES, TRAINED, Case, identity, key, text
 from gi_lib.bench.cost import peak_mb, reset_peak, training_step_seconds
 from gi_lib.execution import clock
 from gi_lib.federated import observe
@@ -77,7 +77,9 @@ def attempt(case: Case, root: Path | None, device: str) -> Measured:
         record = _begin(case, device)
         dataset = data.load(case.dataset, split=case.split, size=case.size, root=root)
         batch = dataset.batch(case.indices)
-        model = network(case, dataset, root).to(device, torch.float64 if case.double else torch.float32)
+        reference, _ = _checkpoint(case, root) or (None, None)
+        fixed = dataclasses.replace(case, weights=reference or case.weights)  # against what is trained meanwhile
+        model = network(fixed, dataset, root).to(device, torch.float64 if case.double else torch.float32)
         obs = _observed(case, model.train(case.train), dataset, batch, root)
         attack = _with_snapshots(case.attack)
         before = training_step_seconds(model, batch, device)
@@ -97,6 +99,7 @@ def attempt(case: Case, root: Path | None, device: str) -> Measured:
         candidates = dataset.batch(range(min(len(dataset), CANDIDATES))).images
     found = _values(rec, scores, batch, candidates)
     found |= {
+        "checkpoint": reference,
         "data_hash": dataset.hash(case.indices),
         "seconds": seconds,
         "cpu_seconds": cpu,
@@ -258,6 +261,7 @@ def network(case: Case, dataset: data.Dataset, root: Path | None) -> Classifier:
 
     Raises:
         ValueError: the weights expect other images or classes than the dataset's, or another network.
+        FileNotFoundError: the weights are not there.
     """
     if case.weights in models.WEIGHTS:
         entry = models.WEIGHTS[case.weights]
@@ -271,17 +275,28 @@ def network(case: Case, dataset: data.Dataset, root: Path | None) -> Classifier:
     if models.normalised(case.model):
         shape |= {"mean": dataset.mean, "std": dataset.std}
     model = models.build(case.model, **shape, seed=case.seed)
-    if case.weights is not None:
-        folders = (checkpoints.FOLDER, data.root(root) / checkpoints.FOLDER.name)
-        there = (folder for folder in folders if (folder / f"{case.weights}.safetensors").is_file())
-        tensors = checkpoints.load(case.weights, next(there, folders[0]))
+    if found := _checkpoint(case, root):
+        reference, folder = found
         try:
+            tensors = checkpoints.load(reference, folder)
             model.load_state_dict({name: value.to(model.mean.dtype) for name, value in tensors.items()})
         except RuntimeError as error:
             raise ValueError(
-                f"{case.weights} holds another network than {case.model} on {case.dataset}: {error}"
+                f"{reference} holds another network than {case.model} on {case.dataset}: {error}; name the model that"
+                f" it holds, or train this one by `python experiments/train.py {case.model} {case.dataset}`"
             ) from error
     return model
+
+
+def _checkpoint(case: Case, root: Path | None) -> tuple[str, Path] | None:
+    """name@hash of the weights of our own that a case names, and its folder; None where it names none."""
+    if case.weights is None or case.weights in models.WEIGHTS:
+        return None
+    folders = (checkpoints.FOLDER, data.root(root) / checkpoints.FOLDER.name)
+    if case.weights == TRAINED:
+        return training.find(training.recipe(case.model, case.dataset), folders)
+    there = (folder for folder in folders if (folder / f"{case.weights}.safetensors").is_file())
+    return case.weights, next(there, folders[0])
 
 
 _SAME = (

@@ -206,7 +206,9 @@ MODELS = {
     "resnet50": Architecture(networks.resnet50, he_fan_out, normalised=True, revision=2),
     "vit": Architecture(networks.vit, small_normal, normalised=True),
     "resnet20": Architecture(networks.resnet20, he_fan_out, normalised=True),
+    "resnet20_4": Architecture(networks.resnet20_4, he_fan_out, normalised=True),
     "resnet56": Architecture(networks.resnet56, he_fan_out, normalised=True),
+    "lenet_normalised": Architecture(networks.lenet, uniform_half, normalised=True),
     "lenet5": Architecture(networks.lenet5, torch_default, normalised=False),
     "squeezenet": Architecture(networks.squeezenet, he_fan_out, normalised=True),
 }

@@ -215,6 +215,17 @@ def resnet56(num_classes: int, image_shape: Shape) -> nn.Module:
     return _CifarResNet(image_shape[0], 9, num_classes)
 
 
+def resnet20_4(num_classes: int, image_shape: Shape) -> nn.Module:
+    """The ResNet20-4 of Inverting Gradients: three stages of three of torchvision's blocks, 64 to 256 channels."""
+    from torchvision.models import ResNet
+    from torchvision.models.resnet import BasicBlock
+
+    net = ResNet(BasicBlock, [3, 3, 3, 1], num_classes=num_classes)
+    net.conv1, net.maxpool = nn.Conv2d(image_shape[0], 64, 3, padding=1, bias=False), nn.Identity()
+    net.layer4, net.fc = nn.Identity(), nn.Linear(256, num_classes)
+    return net
+
+
 class _LeNet5(nn.Module):
     """Its layers have the names of the original figure (LeCun et al., 1998): C1, C3, C5, F6."""
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -29,6 +29,7 @@ __all__ = [
     "Progress",
     "Record",
     "append",
+    "append_row",
     "bitmap",
     "bootstrap",
     "by_key",
@@ -79,7 +80,9 @@ class Record(TypedDict):
     """The attack with those hyperparameters that are not at their default."""
     model: str
     weights: str | None
-    """Name in WEIGHTS, or name@hash of a checkpoint, or null for an untrained model."""
+    """Name in WEIGHTS, "trained", or name@hash of a checkpoint, or null for an untrained model."""
+    checkpoint: NotRequired[str | None]
+    """name@hash of the trained weights of our own that were used; older records lack it."""
     dataset: str
     split: str
     size: int | None
@@ -251,10 +254,15 @@ def append(path: Path, record: Record) -> None:
         OSError: the disk is full, or the file can't be written.
         ValueError: it is no whole record.
     """
+    append_row(path, checked(record))
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """`append` for rows that are no records of cases; their file lies in a folder that `read` does not look into."""
     import json
 
     path = Path(path)
-    line = (json.dumps(checked(record), allow_nan=False, ensure_ascii=False) + "\n").encode()
+    line = (json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.with_name(path.name + ".lock")), open(path, "a+b", buffering=0) as file:
         end = _end_of_whole_lines(file)
@@ -329,8 +337,8 @@ def rows(path: Path) -> list[Record]:
 
 
 def by_key(path: Path) -> dict[str, Record]:
-    """The rows of one file that are not failed, by their case's key; none where there is no file."""
-    return {row["key"]: row for row in rows(path) if row["status"] != "failed"} if Path(path).is_file() else {}
+    """The rows of one file by their key; none where there is no file."""
+    return {row["key"]: row for row in rows(path)} if Path(path).is_file() else {}
 
 
 def read(path: Path) -> pd.DataFrame:

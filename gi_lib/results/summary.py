@@ -35,10 +35,10 @@ def summarise(frame: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFr
 
     Returns:
         The columns of `by` and: ok and n (cases, without those that do not apply), images, psnr with psnr_low and
-        psnr_high (95 % bootstrap interval of the mean over images), above (mean dB above the floor), ssim, lpips,
-        identified, chance, recall, image_precision, label_accuracy (means), seconds, steps, training_steps (medians
-        over cases). Images that were missed are in `images` and `recall`, and in no mean of decibels. A group with an
-        image whose LPIPS is missing has no mean LPIPS.
+        psnr_high (95 % bootstrap interval of the mean over images), above (mean dB above the floor) with above_low and
+        above_high, ssim, lpips, identified, chance, recall, image_precision, label_accuracy (means), seconds, steps,
+        training_steps, gradient_evaluations (medians over cases). Images that were missed are in `images` and `recall`,
+        and in no mean of decibels. A group with an image whose LPIPS is missing has no mean LPIPS.
 
     Raises:
         ValueError: a name in `by` is not a column, or a column of lists.
@@ -60,16 +60,22 @@ def summarise(frame: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFr
 
 
 _SUMMARY = (
-    *("ok", "n", "images", "psnr", "psnr_low", "psnr_high", "above", "ssim", "lpips", "identified", "chance"),
-    *("recall", "image_precision", "label_accuracy", "seconds", "steps", "training_steps"),
+    *("ok", "n", "images", "psnr", "psnr_low", "psnr_high", "above", "above_low", "above_high", "ssim", "lpips"),
+    *("identified", "chance", "recall", "image_precision", "label_accuracy", "seconds", "steps", "training_steps"),
+    "gradient_evaluations",
 )
+
+
+_MEDIANS = ("seconds", "steps", "training_steps", "gradient_evaluations")
 
 
 def _summary(cases: pd.DataFrame) -> dict[str, float]:
     done = cases[cases["status"] == "ok"]
     psnr = _images(done["psnr"])
     low, high = bootstrap(psnr[~np.isnan(psnr)])
-    medians = {name: done[name].astype(float).median() for name in ("seconds", "steps", "training_steps")}
+    above = np.concatenate([[], *map(_above, done["psnr"], done["floor"])])
+    above_low, above_high = bootstrap(above[~np.isnan(above)])
+    medians = {name: done[name].astype(float).median() for name in _MEDIANS}
     once = {name: done[name].astype(float).mean() for name in ("chance", "recall", "image_precision", "label_accuracy")}
     return {
         "ok": len(done),
@@ -77,7 +83,9 @@ def _summary(cases: pd.DataFrame) -> dict[str, float]:
         "images": len(psnr),
         "psnr_low": low,
         "psnr_high": high,
-        "above": _mean(np.concatenate([[], *map(_above, done["psnr"], done["floor"])])),
+        "above": _mean(above),
+        "above_low": above_low,
+        "above_high": above_high,
         **{name: _mean_of(done[name]) for name in ("psnr", "ssim", "lpips", "identified")},
         **once,
         **medians,
