@@ -338,10 +338,10 @@ def run(
     several = len(files) > 1
     where = out if several else paths[files[0]]
     if plan:
-        left = [case for file in files for case in bench.missing(loaded[file][0], paths[file])]
+        cases = [case for file in files for case in bench.missing(loaded[file][0], paths[file])]
         total = sum(len({bench.key(case) for case in cases}) for cases, _ in loaded.values())
         known = bench.by_records(_records(out)) if several else None
-        _print_plan(bench.plan(left, root, provenance.choose_device(device), known), total, workers, by_stage=several)
+        _print_plan(bench.plan(cases, root, provenance.choose_device(device), known), total, workers, by_stage=several)
         return
     limits = [own for _, own in loaded.values() if own is not None]
     own_limit = max(limits) if len(limits) == len(loaded) else None
@@ -358,19 +358,17 @@ def run(
             engine = bench.pool(workers, own_limit if limit is None else limit)
         tried: set[str] = set()
         with engine as executor:
-            while stages := {
-                case.stage
+            while left := [
+                (case, file)
                 for file, (cases, _) in loaded.items()
                 for case in bench.missing(cases, paths[file])
                 if bench.key(case) not in tried
-            }:
-                now = {
-                    paths[file]: [case for case in cases if not several or case.stage == min(stages)]
-                    for file, (cases, _) in loaded.items()
-                }
-                tried |= {bench.key(case) for cases in now.values() for case in cases}
-                order = _cheapest_first(bench.by_records(_records(out))) if several else None
-                bench.queue(now, executor=executor, root=root, device=device, order=order, each=_unchanged(files))
+            ]:
+                if several:
+                    left = _next(left, bench.by_records(_records(out)), PORTION * workers)
+                tried |= {bench.key(case) for case, _ in left}
+                now = {paths[file]: [case for case, owner in left if owner == file] for _, file in left}
+                bench.queue(now, executor=executor, root=root, device=device, each=_unchanged(files))
                 # Records may have brought a study new cases, as those of a tuning do.
                 loaded = {file: load_study(file) for file in files}
     except KeyboardInterrupt:
@@ -390,9 +388,14 @@ def _records(out: Path) -> "Iterator[Record]":
         yield from results.rows(path)
 
 
-def _cheapest_first(estimate: "Estimate") -> "Callable[[Case], float]":
-    """What no record tells comes first, and tells the rest."""
-    return lambda case: estimate(case) or 0.0
+PORTION = 8
+"""How many cases of several studies a worker is given before their files are looked into again."""
+
+
+def _next(left: "list[tuple[Case, Path]]", estimate: "Estimate", most: int) -> "list[tuple[Case, Path]]":
+    """Of the earliest stage the cheapest cases; what no record tells comes first, and tells the rest."""
+    stage = min(case.stage for case, _ in left)
+    return sorted((pair for pair in left if pair[0].stage == stage), key=lambda pair: estimate(pair[0]) or 0.0)[:most]
 
 
 def _unchanged(files: Sequence[Path]) -> Callable[[], None]:

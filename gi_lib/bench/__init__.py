@@ -15,7 +15,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from gi_lib import data, progress, provenance, results
 from gi_lib.bench.cases import PROFILES, Case, key, text
@@ -105,14 +104,12 @@ def queue(
     executor: Executor | None = None,
     root: Path | None = None,
     device: str | None = None,
-    order: Callable[[Case], Any] | None = None,
     each: Callable[[], None] = lambda: None,
 ) -> dict[Path, list[Record]]:
     """`run` for several studies at once, so that no worker waits for the last case of a study.
 
     Args:
         studies: for each file of records its cases.
-        order: of a case, by which they are sorted; None leaves them as they come.
         each: called after each case is on the disk; what it raises ends the run.
 
     Returns:
@@ -131,8 +128,6 @@ def queue(
             for k, case in cases.items()
             if k not in known[out] or known[out][k]["status"] not in DONE
         ]
-        if order is not None:
-            todo.sort(key=lambda pair: order(pair[0]))
         if isinstance(executor, Pool):
             _check_importable(case for case, _ in todo)
         total = sum(map(len, wanted.values()))
