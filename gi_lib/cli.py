@@ -139,7 +139,8 @@ def attack(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="Public weights of `gi list models`, or name@hash of a checkpoint.", show_default="untrained"
+            help="Public weights of `gi list models`, trained for those of its recipe, or name@hash of a checkpoint.",
+            show_default="untrained",
         ),
     ] = None,
     train: Annotated[bool, typer.Option("--train/--eval", help="The mode of the client's model.")] = False,
@@ -502,7 +503,7 @@ def check(
     cheapest: Annotated[
         bool, typer.Option("--cheapest", help="Of each cell the cheapest case, the cheapest cells first.")
     ] = False,
-    tolerance: Annotated[float, typer.Option(min=0, help="dB between a record and its rerun elsewhere.")] = 0.1,
+    tolerance: Annotated[float, typer.Option(min=0, help="dB between a record and its rerun elsewhere.")] = 0.5,
     root: Root = None,
     device: Device = None,
 ) -> None:
@@ -515,7 +516,7 @@ def check(
 
     \b
     gi check experiments/dlg.py
-    gi check experiments/dlg.py --sample 10 --seed 7 --tolerance 0.5
+    gi check experiments/dlg.py --sample 10 --seed 7 --tolerance 1
     """
     from gi_lib import bench
 

@@ -240,6 +240,18 @@ def test_the_plan_of_several_studies_is_told_by_records(gi):
     assert not Path("results/other.jsonl").exists()
 
 
+def test_an_evaluation_costs_what_records_of_any_attack_say(gi):
+    gi("run", "tiny.py")
+    rows = results.rows(Path("results/tiny.jsonl"))
+    estimate = bench.by_records([{**row, "cpu_seconds": 6.0} for row in rows])
+    case = bench.Case(ATTACKS["inverting_gradients"](steps=30), "lenet", "digits", (0,))
+    assert rows[0]["gradient_evaluations"] == 3
+    assert estimate(case) == 60.0
+    assert estimate(bench.Case(ATTACKS["dlg"](steps=10), "lenet", "digits", (0,))) == 400.0
+    assert estimate(bench.Case(ATTACKS["dlg"](steps=10), "mlp", "digits", (0,))) is None
+    assert estimate(bench.Case(ATTACKS["bias_ratio"](), "lenet", "digits", (0,))) is None
+
+
 def test_records_may_bring_a_study_new_cases(gi):
     Path("grows.py").write_text(
         STUDY.replace("range(3)", "range(2 if results.by_key(OWN) else 1)").replace(

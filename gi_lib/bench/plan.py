@@ -57,26 +57,36 @@ def plan(cases: Iterable[Case], root: Path | None, device: str, estimate: Estima
 
 
 def by_records(rows: Iterable[Record]) -> Estimate:
-    """The estimate by what records of the same attack, model and data took: seconds an evaluation, or a whole case."""
+    """The estimate by what records took on the same model and data: seconds an evaluation, or a whole case.
+
+    Records of the same attack tell first; where there are none, those of any iterative attack.
+    """
     evaluation: dict[tuple, list[float]] = {}
     whole: dict[tuple, list[float]] = {}
     for row in rows:
         if row["status"] == "ok" and row["seconds"] is not None:
-            like = _like(row["attack"], row)
             spent = row["cpu_seconds"] or row["seconds"]
-            whole.setdefault(like, []).append(spent)
-            if row["gradient_evaluations"]:
-                evaluation.setdefault(like, []).append(spent / row["gradient_evaluations"])
+            whole.setdefault(_like(row["attack"], row), []).append(spent)
+            if row["gradient_evaluations"] and row["budget"]:
+                for attack in (row["attack"], ANY):
+                    evaluation.setdefault(_like(attack, row), []).append(spent / row["gradient_evaluations"])
     per_evaluation, per_case = (
         {like: statistics.median(values) for like, values in known.items()} for known in (evaluation, whole)
     )
 
     def seconds(case: Case) -> float | None:
-        like = _like(ATTACK_NAMES.get(type(case.attack), ""), {**vars(case), "client": str(case.client)})
-        n = evaluations(case)
-        return per_case.get(like) if n is None else n * per_evaluation[like] if like in per_evaluation else None
+        facts = {**vars(case), "client": str(case.client)}
+        own = ATTACK_NAMES.get(type(case.attack), "")
+        if (n := evaluations(case)) is None:
+            return per_case.get(_like(own, facts))
+        told = (per_evaluation[like] for attack in (own, ANY) if (like := _like(attack, facts)) in per_evaluation)
+        one = next(told, None)
+        return None if one is None else n * one
 
     return seconds
+
+
+ANY = "any"
 
 
 def _like(attack: str, facts: Any) -> tuple:
