@@ -12,4 +12,4 @@ from gi_lib.attacks import InvertingGradients
 from gi_lib.bench import protocol
 
 RECORDS = results.by_key(Path(__file__).parents[1] / "results" / "tuning.jsonl")
-CASES = protocol.tuning(InvertingGradients(), RECORDS)
+CASES = [case for attack in (InvertingGradients(),) for case in protocol.tuning(attack, RECORDS)]
