@@ -48,10 +48,17 @@ def plan(cases: Iterable[Case], root: Path | None, device: str, estimate: Estima
     for case in cases:
         cells.setdefault(cell_name(case), []).append(case)
     bar = progress.bar(cells.items(), desc="plan", unit="cell")
-    found = []
+    found, tried = [], dict[tuple, float]()
     for name, some in bar:
-        seconds = estimate(some[0]) if estimate else None
-        reason, seconds = (None, seconds) if seconds is not None else _tried(some[0], root, device)
+        case, n = some[0], evaluations(some[0])
+        reason, seconds = None, estimate(case) if estimate else None
+        like = _like(ANY, {**vars(case), "client": str(case.client)})
+        if seconds is None and estimate and n and like in tried:
+            seconds = n * tried[like]
+        if seconds is None:
+            reason, seconds = _tried(case, root, device)
+            if n and seconds is not None:
+                tried[like] = seconds / n
         found.append(Cell(name, len(some), reason, seconds, min(case.stage for case in some)))
     return found
 
