@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gi_lib import provenance as made
 from gi_lib import results
+from gi_lib.results import verdicts
 from gi_lib.types import Images
 
 if TYPE_CHECKING:
@@ -248,9 +249,6 @@ def _above(row: dict[str, Any]) -> list[float] | None:
     return [psnr - floor for psnr, floor in pairs if psnr is not None and not math.isnan(psnr)]
 
 
-DISCOVERIES = 0.05
-"""The share, in expectation, of rows taken for better than chance that are not (Benjamini and Hochberg, 1995)."""
-
 BOARD: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "technique": ("text", lambda row: _two_lines(row["attack"], _setting(row))),
     "threat": ("text", lambda row: escape(row["threat_letter"])),
@@ -288,11 +286,11 @@ def leaderboard(frame: pd.DataFrame) -> Html:
     summary = results.summarise(listed, by).to_dict("records")
     rows = [_ranked(part, row, studies) for part, row in zip(groups, summary, strict=True)]
     rows.sort(key=lambda row: (-row["found"] / row["tried"], math.inf if _empty(row["above"]) else -row["above"]))
-    luck = _beyond([row["luck"] for row in rows])
     better: list[str] = []
     rest: list[str] = []
     for row in rows:
-        (better if row["above"] > 0 or row["luck"] <= luck else rest).append(_board_row(row))
+        worth = row["above"] > 0 or verdicts.beyond_chance(row["found"], row["tried"], row["chance"])
+        (better if worth else rest).append(_board_row(row))
     head = "".join(
         f'<th scope="col" data-sort="{kind}"{_SORTED if name == "identified" else ""}>{name}</th>'
         for name, (kind, _) in BOARD.items()
@@ -321,25 +319,17 @@ def _left_out(*frames: pd.DataFrame) -> list[tuple[int, str]]:
     ]
 
 
-def _beyond(luck: Sequence[float]) -> float:
-    """The largest probability that counts as beyond chance among these, by Benjamini and Hochberg; -1 for none."""
-    ranked = enumerate(sorted(luck), start=1)
-    return max((p for i, p in ranked if p <= DISCOVERIES * i / len(luck)), default=-1.0)
-
-
 def _ranked(cases: pd.DataFrame, summary: dict[str, Any], studies: dict[str, list[str]]) -> dict[str, Any]:
     """A row of the leaderboard: a group's summary, its first record for what they all share, and what ranks it."""
     tried = int(cases["batch_size"].sum())
     found = sum(sum(images) for images in cases["identified"] if isinstance(images, list))
     chance = 0.0 if _empty(summary["chance"]) else summary["chance"]
-    fewer = sum(math.comb(tried, k) * chance**k * (1 - chance) ** (tried - k) for k in range(found))
     return {
         **cases.iloc[0].to_dict(),
         **summary,
         "tried": tried,
         "found": found,
         "chance": chance,
-        "luck": max(0.0, 1 - fewer),
         "failed": int((cases["status"] == "failed").sum()),
         "evaluations": cases["gradient_evaluations"].astype(float).median(),
         "studies": sorted({name for case in cases["case"] for name in studies[case]}),
