@@ -397,7 +397,8 @@ def test_explorer_filters_searches_and_sorts_by_its_address(site, origin, tmp_pa
     assert f"{len(same)} of " in dom and dom.count('aria-sort="descending"') == 1
     values = sorted((r["psnr"] for r in same if r["psnr"] is not None), reverse=True)[:50]
     psnr = 1 + EXPLORED.index("psnr")
-    assert [line[psnr] for line in shown_by(dom)][: len(values)] == [f"{value:.1f}" for value in values]
+    shown = [float(line[psnr]) for line in shown_by(dom)][: len(values)]
+    assert shown == pytest.approx(values, abs=0.0501)  # 34.25 is 34.3 in JavaScript and 34.2 in Python
     assert 'aria-label="PSNR against training steps. ' in dom or not values
     dom = browse(f"{origin}/book/explorer.html#q={row['key']}+{row['study']}", tmp_path)
     assert [line[-1] for line in shown_by(dom)] == [row["key"]]
