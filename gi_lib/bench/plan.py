@@ -47,7 +47,9 @@ def plan(cases: Iterable[Case], root: Path | None, device: str, estimate: Estima
     cells: dict[str, list[Case]] = {}
     for case in cases:
         cells.setdefault(cell_name(case), []).append(case)
-    bar = progress.bar(cells.items(), desc="plan", unit="cell")
+    # A step of L-BFGS is many evaluations, and tells the rest no more than a step of one.
+    short_first = sorted(cells.items(), key=lambda cell: getattr(cell[1][0].attack, "max_iter", 1))
+    bar = progress.bar(short_first, desc="plan", unit="cell")
     found, tried = [], dict[tuple, float]()
     for name, some in bar:
         case, n = some[0], evaluations(some[0])
