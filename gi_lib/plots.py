@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gi_lib import results
+from gi_lib.bench import protocol
 from gi_lib.pages import Html, picture, provenance, provenance_live, slider
 from gi_lib.types import Images
 
@@ -78,10 +79,7 @@ class Figure:
 Levels = Mapping[str, Sequence]
 """Column -> all its values to be shown, in order, whether they were run or not."""
 
-SURVEY: Levels = {
-    "model": ("mlp", "lenet", "cnn6", "convnet", "vgg11", "resnet18", "resnet50", "vit"),
-    "dataset": ("mnist", "cifar10", "cifar100", "imagenet"),
-}
+SURVEY: Levels = {"model": protocol.MODELS, "dataset": tuple(protocol.DATASETS)}
 """The survey's eight models and four datasets."""
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from gi_lib.attacks import DLG, BiasRatio, InvertingGradients
 from gi_lib.bench import key, protocol
+from gi_lib.training import RECIPES
 
 ATTACK = InvertingGradients()
 
@@ -137,3 +138,9 @@ def test_the_survey_wants_the_tuned_attack_in_every_cell():
     }
     assert len(first) == len(protocol.MODELS) * len(protocol.DATASETS)
     assert all(dataclasses.is_dataclass(cell) for cell in plan)
+
+
+def test_no_case_waits_for_a_network_that_nobody_has_trained():
+    cases = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "trained.py"))["CASES"]
+    asked = {(case.model, case.dataset) for case in cases if case.weights == "trained"}
+    assert asked and all(RECIPES[pair].accuracy is not None for pair in asked)
