@@ -21,7 +21,7 @@ CASES = [
         indices=tuple(range(BATCH * i, BATCH * (i + 1))),
         seed=i,
         profile="survey",
-        stage=6,
+        stage=5,
     )
     for model in protocol.MODELS
     if (tuned := protocol.tuned(InvertingGradients(), model, "cifar10", TUNING))

@@ -12,8 +12,8 @@ from gi_lib.attacks import InvertingGradients
 from gi_lib.bench import Case
 
 TARGETS = (  # model, weights, steps, images, stage of the queue
-    ("lenet_normalised", None, 1600, 16, 3),
-    ("lenet_normalised", None, 4800, 16, 3),
+    ("lenet_normalised", None, 1600, 16, 4),
+    ("lenet_normalised", None, 4800, 16, 4),
     ("lenet_normalised", None, 24_000, 8, 7),
     ("resnet20", None, 500, 8, 6),
     ("resnet20", "cifar10_resnet20", 500, 8, 6),
