@@ -221,6 +221,16 @@ def lay_stage(stage: Path) -> None:
     link(REPO / "results", stage / "extra" / "results")
 
 
+def write_records(stage: Path) -> None:
+    """What the site gives away beside its pages: all records as tables, and each record alone."""
+    from gi_lib.results import export  # imports torch, for which a site that is up to date need not wait
+
+    try:
+        export.write(REPO / "results", stage / "extra" / "records")
+    except (ImportError, OSError, ValueError) as error:
+        raise ChapterError(f"the records can't be written for the site: {error}") from error
+
+
 def build_site(root: Path, parameters: dict, jobs: int) -> Path:
     """Execute what is stale, stage everything, and build unless this very tree was built before."""
     build = root.resolve() / "_build"
@@ -236,6 +246,7 @@ def build_site(root: Path, parameters: dict, jobs: int) -> Path:
         return html
     built.unlink(missing_ok=True)
     shutil.rmtree(html, ignore_errors=True)
+    write_records(stage)
     program = Path(sys.executable).with_name("jupyter-book")
     command = [str(program), "build", str(stage), "--path-output", str(root.resolve())]
     # --all, because a page that is not read again would not repeat its warnings.

@@ -303,6 +303,10 @@ def run(
             help="Seconds after which a case is ended and counts as failed.", show_default="the study's LIMIT"
         ),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Of all cases the one that a record names by its key or its case; may be repeated."),
+    ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what is left to run and how long it takes, and end.")
     ] = False,
@@ -325,11 +329,12 @@ def run(
     gi run experiments/dlg.py --plan
     gi run experiments/dlg.py --workers 4 --limit 3600 --out /tmp/results
     gi run experiments --workers 2
+    gi run experiments/dlg.py --only 5b504d39a684 --out again
     """
     from gi_lib import bench, provenance, results
 
     files = _study_files(studies)
-    loaded = {file: load_study(file) for file in files}
+    loaded = _load(files, only)
     if not any(cases for cases, _ in loaded.values()):
         raise ValueError(
             f"{', '.join(map(str, files))} needs a list CASES of gi_lib.bench.Case with at least one entry; a study"
@@ -371,7 +376,7 @@ def run(
                 now = {paths[file]: [case for case, owner in left if owner == file] for _, file in left}
                 bench.queue(now, executor=executor, root=root, device=device, each=_unchanged(files))
                 # Records may have brought a study new cases, as those of a tuning do.
-                loaded = {file: load_study(file) for file in files}
+                loaded = _load(files, only)
     except KeyboardInterrupt:
         there = (path for path in paths.values() if path.exists())
         kept = sum(row["status"] == "ok" for path in there for row in results.rows(path))
@@ -397,6 +402,26 @@ def _next(left: "list[tuple[Case, Path]]", estimate: "Estimate", most: int) -> "
     """Of the earliest stage the cheapest cases; what no record tells comes first, and tells the rest."""
     stage = min(case.stage for case, _ in left)
     return sorted((pair for pair in left if pair[0].stage == stage), key=lambda pair: estimate(pair[0]) or 0.0)[:most]
+
+
+def _load(files: Sequence[Path], only: Sequence[str] | None) -> "dict[Path, tuple[list[Case], float | None]]":
+    """CASES and LIMIT of each study; of the cases those that `only` names, by a record's key or case."""
+    loaded = {file: load_study(file) for file in files}
+    if not only:
+        return loaded
+    from gi_lib.bench.cases import identity, key
+
+    names = {id(case): {key(case), identity(case)} for cases, _ in loaded.values() for case in cases}
+    known = set().union(*names.values())
+    if unknown := [name for name in only if name not in known]:
+        raise ValueError(
+            f"no case of {', '.join(map(str, files))} is {unknown[0]!r:.60}; take the key or the case of a record of"
+            " that study. A case that the study had once is in the commit that its record names"
+        )
+    return {
+        file: ([case for case in cases if names[id(case)] & set(only)], limit)
+        for file, (cases, limit) in loaded.items()
+    }
 
 
 def _unchanged(files: Sequence[Path]) -> Callable[[], None]:

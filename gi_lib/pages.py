@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import base64
+import dataclasses
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -21,7 +24,8 @@ from torch import Tensor
 
 from gi_lib import provenance as made
 from gi_lib import results
-from gi_lib.results import verdicts
+from gi_lib.attacks import ATTACKS
+from gi_lib.results import export, verdicts
 from gi_lib.types import Images
 
 if TYPE_CHECKING:
@@ -199,14 +203,19 @@ _SLIDER = Template("""<div class="gi-slider" id="$name" style="color:inherit;mar
 
 
 EXPLORED = (
-    *("attack", "model", "dataset", "identified", "above", "psnr", "ssim", "lpips", "recall", "label_accuracy"),
-    *("status", "seconds", "steps", "training_steps", "weights", "threat_letter", "client", "defense", "study", "key"),
+    *("attack", "model", "dataset", "identified", "above", "floor", "psnr", "training_steps", "seconds"),
+    *("tv", "budget", "batch_size", "precision", "ssim", "lpips", "recall", "label_accuracy", "status", "steps"),
+    *("restarts", "lr", "attack_text", "weights", "images", "size", "threat_letter", "client", "defense", "clients"),
+    *("rounds", "seed", "device", "commit", "started", "study", "key"),
 )
-"""Columns of the results explorer, in its order."""
+"""Columns of the results explorer, in its order; the first 13 are seen unless all are asked for."""
 
 
 def explorer(frame: pd.DataFrame, folder: Path, plain: Html | str = "") -> Html:
     """All records as data inside the page, for book/_static/explorer.js to search, filter, sort and draw.
+
+    A column is a list of numbers, or, where it has a text, {"values": the texts, "codes": their places, -1 for null};
+    without codes each row has the text of its own place.
 
     Args:
         frame: from `results.read`.
@@ -214,31 +223,93 @@ def explorer(frame: pd.DataFrame, folder: Path, plain: Html | str = "") -> Html:
         plain: what a reader without JavaScript sees instead.
     """
     rows = [_explored(row, Path(folder)) for row in frame.to_dict("records")]
-    data = {"columns": [*EXPLORED, "error", "picture"], "rows": rows}
+    columns = {name: _packed([row[name] for row in rows]) for name in (*EXPLORED, "case", "error", "picture")}
+    data = {
+        "rows": len(rows),
+        "shown": 13,
+        "columns": columns,
+        "papers": {name: _paper(name) for name in dict.fromkeys(frame["attack"])},
+        "meaning": {name: export.COLUMNS[name].meaning for name in EXPLORED if name in export.COLUMNS},
+        "remake": export.REMAKE,
+    }
     # Inside <script> no "<" may stand: "</script>" would end it.
     text = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     return Html(
-        f'<div id="gi-explorer" data-results="../results/"><div class="gi-plain">{plain}</div>'
-        f'<script type="application/json">{text}</script></div>'
+        '<div id="gi-explorer" data-results="../results/" data-records="../records/">'
+        f'<div class="gi-plain">{plain}</div><script type="application/json">{text}</script></div>'
     )
 
 
-def _explored(row: dict[str, Any], folder: Path) -> list:
+def data_dictionary(folder: str = "../records/") -> Html:
+    """What each column of the records' files means, below links to the files, which the build puts into `folder`."""
+    links = ", ".join(f'<a href="{folder}{name}" download>{name}</a>' for name in export.TABLES)
+    rows = "".join(
+        f'<tr><th scope="row"><code>{escape(line["column"])}</code></th><td>{_coded(line["meaning"])}</td>'
+        f"<td>{escape(line['type'])}</td><td>{escape(line['unit'])}</td><td>{escape(line['range'])}</td></tr>"
+        for line in export.dictionary()
+    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("column", "meaning", "type", "unit", "range"))
+    return Html(
+        f'<p>{links}</p><div class="gi-dictionary" tabindex="0" role="region" aria-label="Data dictionary">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _coded(text: str) -> str:
+    """Words between backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
+def _packed(values: list) -> list | dict[str, list]:
+    if not any(isinstance(value, str) for value in values):
+        return values
+    places = {value: i for i, value in enumerate(dict.fromkeys(v for v in values if v is not None))}
+    codes = {"codes": [-1 if value is None else places[value] for value in values]}
+    return {"values": list(places)} | ({} if len(places) == len(values) else codes)
+
+
+def _explored(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The values of one record: scores are means over its images, rounded to what is shown."""
-    said: list = []
-    for column in (*EXPLORED, "error"):
-        value = _above(row) if column == "above" else row[column]
-        if isinstance(value, list):
-            numbers = [v for v in value if v is not None]
-            value = sum(numbers) / len(numbers) if numbers else None
-        if value is None or value != value:  # pandas has NaN for None
-            said.append(None)
-        elif isinstance(value, float):
-            said.append(int(value) if value.is_integer() else float(f"{value:.4g}"))
-        else:
-            said.append(value)
+    settings = _settings(row)
     picture = row["status"] == "ok" and (folder / str(row["study"]) / f"{row['key']}.png").is_file()
-    return [*said, int(row["batch_size"]) if picture else 0]
+    values = row | {
+        "above": _above(row),
+        "tv": settings.get("tv"),
+        "lr": settings.get("lr"),
+        "images": f"{row['split']} {', '.join(map(str, row['indices']))}",
+        "started": row["started"][:10],
+        "picture": row["batch_size"] if picture else 0,
+    }
+    return {name: _brief(values[name]) for name in (*EXPLORED, "case", "error", "picture")}
+
+
+def _brief(value: Any) -> str | int | float | None:
+    """A text, or the mean of a list, or a number, of four digits."""
+    if isinstance(value, list):
+        numbers = [v for v in value if v is not None]
+        value = sum(numbers) / len(numbers) if numbers else None
+    if _empty(value):
+        return None
+    if isinstance(value, str):
+        return value
+    return int(value) if float(value).is_integer() else float(f"{value:.4g}")
+
+
+def _settings(row: dict[str, Any]) -> dict[str, Any]:
+    """The numbers among an attack's settings: its defaults, and what its record says otherwise."""
+    known = ATTACKS.get(row["attack"])
+    own = {f.name: f.default for f in dataclasses.fields(known)} if known else {}
+    call = ast.parse(row["attack_text"], mode="eval").body
+    if isinstance(call, ast.Call):
+        own |= {k.arg: k.value.value for k in call.keywords if k.arg and isinstance(k.value, ast.Constant)}
+    return {name: value for name, value in own.items() if type(value) in (int, float)}
+
+
+def _paper(attack: str) -> str:
+    """Title, authors and year of a technique, the first paragraph of its module; its name for one that is not ours."""
+    known = ATTACKS.get(attack)
+    about = inspect.getdoc(inspect.getmodule(known)) if known else None
+    return " ".join(about.partition("\n\n")[0].split()) if about else attack
 
 
 def _above(row: dict[str, Any]) -> list[float] | None:

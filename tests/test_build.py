@@ -5,6 +5,8 @@ import json
 import build
 import pytest
 
+from gi_lib.results import export
+
 PARAMETERS = {"profile": "smoke", "device": None, "data_root": None, "seed": 3}
 
 
@@ -81,3 +83,14 @@ def test_digest_sees_names_and_contents(tmp_path):
 @pytest.mark.parametrize(("name", "value"), [("profile", "quick"), ("seed", 4), ("device", "cuda")])
 def test_chapters_are_stale_under_other_parameters(name, value):
     assert build.common_key(PARAMETERS) != build.common_key(PARAMETERS | {name: value})
+
+
+def test_the_site_gets_the_records_as_files_and_says_what_keeps_them_from_it(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(build, "REPO", tmp_path)
+    with pytest.raises(build.ChapterError, match="records can't be written for the site: no records in"):
+        build.write_records(tmp_path / "stage")
+    (tmp_path / "results" / "dlg.jsonl").write_bytes((build.BOOK.parent / "results" / "dlg.jsonl").read_bytes())
+    build.write_records(tmp_path / "stage")
+    written = {path.name for path in (tmp_path / "stage" / "extra" / "records").iterdir()}
+    assert written == {"dlg", *export.TABLES}

@@ -166,6 +166,18 @@ def test_run_table_score(gi, monkeypatch):
     assert "3 filled in, 0 still missing" in gi("score", "results/tiny.jsonl").output
 
 
+def test_a_case_that_a_record_names_runs_alone(gi):
+    gi("run", "tiny.py")
+    row = results.rows(Path("results/tiny.jsonl"))[1]
+    for name in (row["key"], row["case"]):
+        done = gi("run", "tiny.py", "--only", name, "--out", name)
+        assert done.exit_code == 0 and "1 ok, of 1 cases" in done.output
+        (again,) = results.rows(Path(name) / "tiny.jsonl")
+        assert (again["key"], again["psnr"]) == (row["key"], row["psnr"])
+    done = gi("run", "tiny.py", "--only", row["key"], "--only", "0" * 12)
+    assert done.exit_code == 2 and "no case of tiny.py is '000000000000'" in done.stderr
+
+
 def test_check_counts_what_agrees_and_lists_what_does_not(gi):
     gi("run", "tiny.py")
     done = gi("check", "tiny.py", "--sample", 2, "--seed", 1, "--cheapest", "--device", "cpu")

@@ -4,15 +4,17 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from gi_lib import metrics, plots, results
-from gi_lib.attacks import InvertingGradients
+from gi_lib import metrics, pages, plots, results
+from gi_lib.attacks import ATTACKS, InvertingGradients
 from gi_lib.bench import Case, run
 from gi_lib.pages import BOARD, explorer, leaderboard
+from gi_lib.results import export
 
 OUTSIDE = re.compile(r"https?://|//cdn|@import|url\(")
 
@@ -208,20 +210,67 @@ def test_picture_grid_shows_each_image_with_its_own_numbers(study):
     assert page.count("<img") == 2 and "the best and worst image" in page
 
 
+def explored(page):
+    """The rows that the explorer's page holds, as dicts, and the rest of its data."""
+    data = json.loads(str(page).partition('json">')[2].partition("</script>")[0])
+    columns = {}
+    for name, column in data["columns"].items():
+        if isinstance(column, dict):
+            texts = [*column["values"], None]
+            column = [texts[code] for code in column.get("codes", range(data["rows"]))]
+        columns[name] = column
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], data
+
+
 def test_explorer_holds_every_record_and_only_pictures_that_exist(study):
     frame = results.read(study)
     page = str(explorer(frame, study.parent, "<p>plain</p>"))
     assert "<p>plain</p>" in page and not OUTSIDE.search(page)
-    text = page[page.index('json">') + 6 : page.index("</script>")]
-    data = json.loads(text)
-    rows = [dict(zip(data["columns"], row, strict=True)) for row in data["rows"]]
-    assert [row["key"] for row in rows] == list(frame["key"])
+    rows, data = explored(page)
+    assert [row["key"] for row in rows] == list(frame["key"]) and data["rows"] == len(frame)
     assert [row["picture"] for row in rows] == [1, 1, 0, 2]
     failed = rows[2]
     assert (failed["status"], failed["psnr"], failed["picture"]) == ("failed", None, 0)
     assert "index" in failed["error"]
     assert rows[3]["psnr"] == pytest.approx(sum(frame["psnr"].iloc[3]) / 2, rel=1e-3)
+    assert rows[3]["floor"] == pytest.approx(sum(frame["floor"].iloc[3]) / 2, rel=1e-3)
     assert rows[0]["weights"] is None and rows[0]["error"] is None
+
+
+def test_explorer_has_the_settings_of_the_attack_and_its_paper(study):
+    frame = results.read(study)
+    frame.loc[0, "attack_text"] = "InvertingGradients(steps=2, tv=0.01, distance=squared_l2)"
+    frame.loc[1, ["attack", "attack_text"]] = ["mine", "package.Mine(tv=2)"]
+    rows, data = explored(explorer(frame, study.parent))
+    assert [row["tv"] for row in rows] == [0.01, 2, 1e-4, 1e-4]
+    assert [row["lr"] for row in rows] == [0.1, None, 0.1, 0.1]
+    assert (rows[3]["budget"], rows[3]["batch_size"], rows[3]["precision"]) == (2, 2, "float32")
+    assert rows[3]["images"] == "test 0, 1"
+    assert data["papers"]["mine"] == "mine" and "Geiping" in data["papers"]["inverting_gradients"]
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_paper_of_each_technique_has_its_authors_and_year_as_the_bibliography_has_them(name):
+    """Of the entries of the year, one has as its authors' surnames those of the file, in their order."""
+    about = pages._paper(name)
+    parts = about.partition("(")[2].partition(")")[0].split(", ")
+    place = next(i for i, part in enumerate(parts) if re.search(r"\b(19|20)\d\d$", part))
+    said, year = parts[:place], parts[place][-4:]
+    source = (Path(__file__).parent.parent / "book" / "references.bib").read_text(encoding="utf-8")
+    known = []
+    for entry in source.split("\n@")[1:]:
+        if re.search(rf"\byear\s*=\s*\{{{year}\}}", entry):
+            names = re.search(r"\bauthor\s*=\s*{(.*?)},\n", entry, re.DOTALL)[1]
+            names = names.replace('{\\"o}', "oe")
+            known.append([" ".join(name.split()).partition(",")[0] for name in re.split(r"\s+and\s+", names)])
+    assert said in known, about
+
+
+def test_the_dictionary_on_the_page_has_every_column_and_links_to_the_files():
+    page = str(pages.data_dictionary())
+    assert re.findall(r'<th scope="row"><code>(\w+)</code>', page) == list(export.COLUMNS)
+    assert re.findall(r'href="../records/([\w.]+)"', page) == list(export.TABLES)
+    assert "<code>indices</code>" in page and "`" not in page
 
 
 def test_explorer_cannot_be_ended_by_what_a_record_says(study):

@@ -1,4 +1,6 @@
-"""Improved Deep Leakage from Gradients, iDLG (Zhao, Mopuri, Bilen, arXiv:2001.02610).
+"""Improved Deep Leakage from Gradients, iDLG (Zhao, Mopuri, Bilen, 2020).
+
+arXiv:2001.02610.
 
     y* = argmin over k of  dL/db_k,       x* = argmin over x of  | g(x, y*) - g* |^2
 
