@@ -1,10 +1,12 @@
 """The map of the field: its data file against the bibliography, the chapters and the records, and its page."""
 
+import codecs
 import importlib.util
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import latexcodec  # noqa: F401  (the codec `ulatex`; pybtex brings it)
 import pytest
 import yaml
 
@@ -58,9 +60,8 @@ def test_an_entry_is_whole(technique, entries):
 def test_the_year_and_the_first_author_are_those_of_the_cited_work(technique, entries):
     entry = entries[technique["bib"]]
     assert re.search(rf"\byear\s*= \{{{technique['year']}\}}", entry)
-    first = re.search(r"author\s*= \{\{?([^,}]+)", entry)[1]
-    plain = re.sub(r"\{\\[`'\"c](?:\{)?(\w)\}?\}|\\\W", r"\1", first).replace("{", "").replace("}", "")
-    assert technique["authors"].split(" ")[0].split(",")[0][0] == plain[0]
+    first = re.search(r"author\s*= \{(.*?),", entry)[1]
+    assert re.split(" et al| and |, ", technique["authors"])[0] == re.sub("[{}]", "", codecs.decode(first, "ulatex"))
 
 
 @each
@@ -141,3 +142,18 @@ def test_a_result_that_was_not_read_in_the_paper_says_so(extension):
     assert "second-hand" in extension.known({"known": fact})
     assert "second-hand" not in extension.known({"known": fact | {"provenance": "read"}})
     assert "no result read" in extension.known({"known": None})
+
+
+# --- the opening picture of the first page, which book/readme.py writes
+
+
+def test_each_card_of_the_opening_picture_shows_private_gradient_and_rebuilt_and_leads_to_a_page():
+    text = (ROOT / "book/_static/opening.html").read_text()
+    cards = text.split('<div class="gi-card">')[1:]
+    assert len(cards) >= 3
+    anchors = {f"map.html#tech-{technique['id']}" for technique in FIELD["techniques"]}
+    for card in cards:
+        assert re.findall(r"<figcaption>(\w+)", card) == ["private", "gradient", "rebuilt"]
+        assert len(re.findall(r'<img [^>]*alt="[^"]+" src="data:image/png;base64,', card)) == 3
+        (link,) = Page(card).links
+        assert link in anchors or (ROOT / "book" / f"{link.removesuffix('.html')}.ipynb").is_file()

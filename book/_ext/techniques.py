@@ -114,7 +114,7 @@ def table(field: dict, entries: dict[str, str], frame, uri) -> str:
 
 # --- the timeline, in units of the picture
 
-LEFT, WIDE, LINE, TOP = 150, 106, 17, 26
+LEFT, WIDE, LINE, TOP = 150, 112, 17, 26
 
 
 def column(year: int) -> int:

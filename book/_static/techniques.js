@@ -34,12 +34,17 @@ document.addEventListener("DOMContentLoaded", () => {
   const family = choice("family", [...new Set(rows.map(row => said(row, "family")))]);
   const letter = choice("threat letter", [...new Set(rows.map(row => said(row, "letter")))].sort(compare));
   const run = choice("in this book", ["has a chapter", "not yet run"]);
+  // On a narrow screen, where the rows are cards without headers.
+  const sort = element("select", {onchange: () => { sorted = sort.value; down = sorted === "our best result"; draw(); }},
+    element("option", {value: ""}, "the book's order"), ...names.map(name => element("option", {value: name}, name)));
+  controls.append(element("label", {class: "gi-narrow"}, "sort by", sort));
   controls.append(element("button", {type: "button", onclick: reset}, "Show all"));
   const count = element("p", {class: "gi-count", role: "status", "aria-live": "polite"});
   box.prepend(controls, count);
 
   heads.forEach((head, i) => head.replaceChildren(element("button", {type: "button", onclick: () => {
-    down = sorted === names[i] && !down;
+    // Of our best result the best comes first.
+    down = sorted === names[i] ? !down : names[i] === "our best result";
     sorted = names[i];
     draw();
   }}, names[i], element("span", {"aria-hidden": "true"}))));
@@ -59,13 +64,14 @@ document.addEventListener("DOMContentLoaded", () => {
     const [x, y] = [a, b].map(row => row.cells[i].querySelector(".gi-none") || row.cells[i].textContent === "–"
       ? null : row.cells[i].dataset.value ?? row.cells[i].textContent);
     const turned = x === null || y === null ? (x === null) - (y === null)
-      : (down ? -1 : 1) * (a.cells[i].dataset.value ? y - x : compare(x, y));
+      : (down ? -1 : 1) * (a.cells[i].dataset.value ? x - y : compare(x, y));
     return turned || first.get(a) - first.get(b);
   }
 
   function draw() {
     for (const row of rows) row.hidden = !fits(row);
     body.append(...[...rows].sort(order));
+    sort.value = sorted;
     heads.forEach((head, i) => {
       const now = sorted !== names[i] ? "none" : down ? "descending" : "ascending";
       head.setAttribute("aria-sort", now);
