@@ -134,9 +134,8 @@ def _check_weights(case: Case) -> None:
         raise ValueError(f"the weights {weights!r} belong to {owner!r}, not to {case.model!r}")
 
 
-ATTACK_NAMES: dict[type, str] = {cls: name for name, cls in ATTACKS.items()}
 _NAMES: dict[type, str] = {
-    **{cls: name for registry in (ATTACKS, DEFENSES) for name, cls in registry.items()},
+    **{cls: name for name, cls in DEFENSES.items()},
     **{cls: cls.__name__ for cls in (Case, ThreatModel, Client, LossGradient, SGD, Adam)},
 }
 
@@ -154,7 +153,7 @@ def text(value: Any, *, brief: bool = False) -> str:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         cls = type(value)
         fields = [f"{name}={text(v, brief=brief)}" for name, v in differing(value).items()]
-        name = cls.__qualname__ if brief else _NAMES.get(cls) or f"{cls.__module__}.{cls.__qualname__}"
+        name = cls.__qualname__ if brief else _name(cls)
         return f"{name}({', '.join(fields)}){'' if brief else _revision(cls)}"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(text(v, brief=brief) for v in value) + "]"
@@ -169,6 +168,10 @@ def text(value: Any, *, brief: bool = False) -> str:
             " module, or a dataclass"
         )
     return name if brief else f"{value.__module__}.{name}{_revision(value)}"
+
+
+def _name(cls: type) -> str:
+    return _NAMES.get(cls) or ATTACKS.name_of(cls) or f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _revision(thing: object) -> str:
