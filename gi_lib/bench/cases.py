@@ -13,17 +13,12 @@ from gi_lib import checkpoints, data, federated, labels, metrics, models, optimi
 from gi_lib.attacks import ATTACKS
 from gi_lib.defenses import DEFENSES, Defense
 from gi_lib.federated import SGD, Adam, Client, LossGradient, ThreatModel
+from gi_lib.provenance import PROFILES
 from gi_lib.types import Observation, Reconstruction, differing, nearest, whole
 
 Attack = Callable[[Observation, torch.Generator], Reconstruction]
 
 
-PROFILES = {
-    "smoke": "tests: embedded data, seconds a case",
-    "quick": "a reader's laptop: about a minute a chapter",
-    "survey": "the published numbers; the record says what was spent",
-}
-"""What a run is for. A profile is written down with its case; each study and chapter says what it means there."""
 TRAINED = "trained"
 """The weights that are made by the recipe of a case's model and dataset."""
 
