@@ -50,7 +50,7 @@ REAL := $(if $(GI_DATA),,$(if $(wildcard ../shared/data/SHA256SUMS),GI_DATA="$(a
 # What a reader's notebook shows as a bar would stay in a page as text.
 book test: export TQDM_DISABLE = 1
 
-.PHONY: book test lint serve clean repository cells survey venv-anew
+.PHONY: book test lint serve clean repository cells survey strangers venv-anew
 .DELETE_ON_ERROR:
 
 book: $(STAMP)
@@ -76,6 +76,9 @@ serve: book
 
 survey: $(STAMP)
 	$(REAL) nice -n 19 $(BIN)/gi run experiments --workers $(WORKERS)
+
+strangers: $(STAMP)
+	$(BIN)/python tests/strangers.py
 
 clean:
 	rm -rf _build build .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -130,6 +130,12 @@ def address(root: Path = ROOT) -> str:
     return found[1]
 
 
+def site(address: str) -> str:
+    """Where GitHub serves the pages of the repository at `address`."""
+    owner, name = address.split("github.com/")[1].split("/")
+    return f"https://{owner.lower()}.github.io/{name}/"
+
+
 def install(address: str, version: str = "main") -> str:
     """The first code cell of every chapter.
 
@@ -153,19 +159,20 @@ def repeats(root: Path = ROOT) -> list[Path]:
 
 
 def rename(new: str, root: Path = ROOT) -> list[Path]:
-    """Replace the address, also inside links to Colab, and return the files that changed."""
+    """Replace the address, also inside links to Colab, to files and to the site; return the files that changed."""
     new = new.removesuffix("/").removesuffix(".git")
     if not PATTERN.fullmatch(new):
         raise SystemExit(
             "the address must look like https://github.com/OWNER/NAME, because Colab opens notebooks from "
             f"there; got {new!r}"
         )
-    slug, old = new.split("github.com/")[1], address(root).split("github.com/")[1]
-    pattern = re.compile(r"(?<=github\.com/|com/github/)" + re.escape(old) + r"(?![\w-])")
+    before = address(root)
+    slug, old = new.split("github.com/")[1], before.split("github.com/")[1]
+    pattern = re.compile(r"(?<=github\.com/|com/github/|ontent\.com/)" + re.escape(old) + r"(?![\w-])")
     changed = []
     for path in repeats(root):
         text = path.read_text(encoding="utf-8")
-        replaced = pattern.sub(slug, text)
+        replaced = pattern.sub(slug, text).replace(site(before), site(new))
         if replaced != text:
             path.write_text(replaced, encoding="utf-8")
             changed.append(path)

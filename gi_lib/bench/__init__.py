@@ -121,6 +121,7 @@ def queue(
     with contextlib.ExitStack() as held:
         for out in wanted:
             held.enter_context(_only_run(out))
+            held.callback(_compact, out)
         known = {out: {row["key"]: row for row in results.rows(out)} if out.exists() else {} for out in wanted}
         todo = [
             (case, out)
@@ -174,6 +175,13 @@ def _only_run(out: Path) -> Iterator[None]:
         raise BlockingIOError(
             errno.EAGAIN, f"{holder} is running this study; wait for it, or stop it, and run it again", str(out)
         ) from error
+
+
+def _compact(out: Path) -> None:
+    """A file that rests has one line a case."""
+    if out.exists():
+        with contextlib.suppress(OSError, ValueError):  # a full disk or a damaged line is told of by the run itself
+            results.compact(out)
 
 
 def missing(cases: Iterable[Case], out: Path) -> list[Case]:
