@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from gi_lib import __version__
+
 PROFILES = {
     "smoke": "tests: embedded data, seconds a case",
     "quick": "a reader's laptop: about a minute a chapter",
@@ -19,10 +21,10 @@ PROFILES = {
 def versions() -> dict[str, str]:
     """Name -> version of what the numbers depend on."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("torchvision", "numpy", "gi_lib"):
+    for name in ("torchvision", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-    return found
+    return found | {"gi_lib": __version__}  # what pip remembers may be of another copy
 
 
 def commit() -> str | None:

@@ -1,7 +1,7 @@
 """Records: one flat JSON row for each case that ran, in `results/<study>.jsonl`, with its picture beside it.
 
-A file is appended to, under a lock, one line in one write. Where a case occurs more than once, its last line counts, and
-is the only one that a run leaves when it ends. Every row that is written or read is validated.
+A file is appended to, under a lock, one line in one write. Where a case occurs more than once, its last line counts,
+and is the only one that a run leaves when it ends. Every row that is written or read is validated.
 """
 
 from __future__ import annotations
