@@ -25,7 +25,7 @@ SHARED = ("gi_lib", "book", "results", "experiments", "benchmarks", "checkpoints
 
 def run(*command, cwd, **environment):
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
-    return subprocess.run(list(command), cwd=cwd, env=env, capture_output=True, encoding="utf-8", timeout=120)
+    return subprocess.run(list(command), cwd=cwd, env=env, capture_output=True, encoding="utf-8", timeout=600)
 
 
 # --- make
