@@ -7,9 +7,11 @@
 #   make survey                      run what is missing of all studies, at the lowest priority; stop it at any time
 #   make repository URL=https://github.com/OWNER/NAME    change the address everywhere
 #   make cells                       write the cells that all chapters share
+#   make strangers                   run every chapter alone, from a foreign folder, with gi_lib installed and without
 #   make clean                       remove what was built; the .venv stays
 #
-# PROFILE=smoke|quick|survey, DEVICE=cuda, DATA_ROOT=path, SEED=1 go to every chapter; JOBS chapters run at a time.
+# PROFILE=smoke|quick|survey, DEVICE=cuda, DATA_ROOT=path, SEED=1 go to every chapter; JOBS chapters run at a time. A
+# relative path counts from where make runs.
 # PIP_ARGS goes to pip: with PIP_ARGS="--extra-index-url URL" and the URL that pytorch.org gives for CPU builds, a reader
 # without a GPU saves some gigabytes.
 
@@ -30,6 +32,12 @@ SMOKE := _build/smoke
 NOTEBOOKS = $(wildcard book/*.ipynb tests/reference/*.ipynb)
 CHAPTERS := $(PROFILE) --device "$(DEVICE)" --data-root "$(DATA_ROOT)" --seed $(SEED)
 
+# Programs in .venv name the folder that they were installed in: in a copied or moved checkout they would run the old
+# one's. And where Python comes without ensurepip, as Debian's, a .venv without pip is left behind.
+OWN_VENV = grep -qsF "$(CURDIR)/.venv" .venv/bin/activate && $(BIN)/python -m pip --version > /dev/null 2>&1
+
+# Text is UTF-8 under any locale.
+export PYTHONUTF8 = 1
 # One thread a process: two to three times faster than the default on the small networks of the chapters.
 export OMP_NUM_THREADS ?= 1
 # glibc gives a large block back to the system when it is freed, and every iteration faults its pages in again.
@@ -42,7 +50,7 @@ REAL := $(if $(GI_DATA),,$(if $(wildcard ../shared/data/SHA256SUMS),GI_DATA="$(a
 # What a reader's notebook shows as a bar would stay in a page as text.
 book test: export TQDM_DISABLE = 1
 
-.PHONY: book test lint serve clean repository cells survey
+.PHONY: book test lint serve clean repository cells survey strangers venv-anew
 .DELETE_ON_ERROR:
 
 book: $(STAMP)
@@ -69,6 +77,9 @@ serve: book
 survey: $(STAMP)
 	$(REAL) nice -n 19 $(BIN)/gi run experiments --workers $(WORKERS)
 
+strangers: $(STAMP)
+	$(BIN)/python tests/strangers.py
+
 clean:
 	rm -rf _build build .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
@@ -80,9 +91,10 @@ repository:
 cells:
 	$(PYTHON) book/cells.py
 
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): requirements.txt pyproject.toml $(if $(shell $(OWN_VENV) && echo yes),,venv-anew)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, got " + sys.version.split()[0] + "; set PYTHON=python3.12, for example")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@if test -e .venv && ! { $(OWN_VENV); }; then echo ".venv was made in another folder, or not to its end: it is made again"; rm -rf .venv; fi
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 	$(BIN)/python -m pip install $(PIP_ARGS) -r requirements.txt
 	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -e .
 	touch $@

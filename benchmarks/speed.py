@@ -200,7 +200,8 @@ def main() -> None:
             parser.error(nearest(name, known_names, "fixture"))
     device = provenance.choose_device(options.device)
     wanted = [f for f in FIXTURES if not options.fixtures or f.name in options.fixtures]
-    known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    lines = options.out.read_text(encoding="utf-8").splitlines() if options.out.exists() else []
+    known = [json.loads(line) for line in lines]
     what = {"versions": provenance.versions(), "commit": provenance.commit(), "precision": provenance.precision(device)}
     print(f"{'fixture':20} {'R':>3} {'iteration':>12} {'floor':>12} {'ratio':>7} {'restarts/s':>11} {'peak':>9}")
     for fixture in tqdm(wanted, disable=None):
@@ -211,7 +212,7 @@ def main() -> None:
         row |= {"device": provenance.device_name(device).partition(",")[0], **what}
         mine = {key: row[key] for key in (*asdict(fixture), "device")}
         known = [old for old in known if any(old[key] != value for key, value in mine.items())] + [row]
-        options.out.write_text("".join(json.dumps(old) + "\n" for old in known))
+        options.out.write_text("".join(json.dumps(old) + "\n" for old in known), encoding="utf-8")
         tqdm.write(text(row))
 
 

@@ -514,7 +514,7 @@ def _keep(out: Path, row: dict, begun: str) -> None:
         "started": begun,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a") as file:  # results.append takes records of cases alone
+    with out.open("a", encoding="utf-8") as file:  # results.append takes records of cases alone
         file.write(json.dumps(row | made, allow_nan=False) + "\n")
     numbers = {key: value for key, value in row.items() if isinstance(value, int | float | str)}
     print(", ".join(f"{key} {value}" for key, value in numbers.items()), flush=True)

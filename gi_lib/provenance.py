@@ -8,14 +8,23 @@ from pathlib import Path
 
 import torch
 
+from gi_lib import __version__
+
+PROFILES = {
+    "smoke": "tests: embedded data, seconds a case",
+    "quick": "a reader's laptop: about a minute a chapter",
+    "survey": "the published numbers; the record says what was spent",
+}
+"""What a run is for. A profile is written down with its case; each study and chapter says what it means there."""
+
 
 def versions() -> dict[str, str]:
     """Name -> version of what the numbers depend on."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("torchvision", "numpy", "gi_lib"):
+    for name in ("torchvision", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-    return found
+    return found | {"gi_lib": __version__}  # what pip remembers may be of another copy
 
 
 def commit() -> str | None:
@@ -52,6 +61,33 @@ def choose_device(device: str | None) -> str:
     return device
 
 
+def check_parameters(profile: object, device: object, data_root: object, seed: object) -> None:
+    """Refuse what a chapter's parameters cell can't mean; papermill and readers write there what they like.
+
+    Raises:
+        ValueError: one of them is wrong; it says which, and what it may be.
+        FileNotFoundError: the data root is no folder.
+    """
+    if not isinstance(profile, str) or profile not in PROFILES:
+        raise ValueError(f"profile is one of {', '.join(map(repr, PROFILES))}, got {profile!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is a whole number >= 0, such as 0, got {seed!r}")
+    if device is not None and not isinstance(device, str):
+        raise ValueError(
+            f"device is a text such as 'cpu' or 'cuda', or None for a GPU where there is one, got {device!r}"
+        )
+    choose_device(device)
+    if data_root is None:
+        return
+    if not isinstance(data_root, str | Path):
+        raise ValueError(f"data_root is the path of a folder, or None for the default, got {data_root!r}")
+    folder = Path(data_root).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"data_root {str(data_root)!r} means {folder.absolute()}, which is no folder; write its whole path, or None"
+        )
+
+
 def device_name(device: str) -> str:
     """The name of a GPU, or of the processor with the number of threads in use."""
     kind = torch.device(device).type
@@ -65,7 +101,7 @@ def device_name(device: str) -> str:
 
 def _processor() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -6,23 +6,57 @@ also has `plant`: (model, image_shape, auxiliary, generator) -> (the planted mod
 trapdoor).
 """
 
-from typing import Any
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from gi_lib.attacks.bias_ratio import BiasRatio
-from gi_lib.attacks.dlg import DLG
-from gi_lib.attacks.gradinversion import GradInversion
-from gi_lib.attacks.idlg import IDLG
-from gi_lib.attacks.inverting_gradients import InvertingGradients
-from gi_lib.attacks.robbing_the_fed import RobbingTheFed
+if TYPE_CHECKING:
+    from gi_lib.attacks.bias_ratio import BiasRatio
+    from gi_lib.attacks.dlg import DLG
+    from gi_lib.attacks.gradinversion import GradInversion
+    from gi_lib.attacks.idlg import IDLG
+    from gi_lib.attacks.inverting_gradients import InvertingGradients
+    from gi_lib.attacks.robbing_the_fed import RobbingTheFed
 
-ATTACKS: dict[str, Any] = {
-    "bias_ratio": BiasRatio,
-    "dlg": DLG,
-    "gradinversion": GradInversion,
-    "idlg": IDLG,
-    "inverting_gradients": InvertingGradients,
-    "robbing_the_fed": RobbingTheFed,
-}
+
+class Registry(Mapping[str, Any]):
+    """Name of a file -> the attack that it holds.
+
+    A file is imported when its attack is first asked for. So a chapter rests on the
+    attacks that it runs, and a change of one executes no other's chapter again.
+    """
+
+    def __init__(self, classes: dict[str, str]):
+        self.names = {cls: name for name, cls in classes.items()}
+        self._classes = classes
+
+    def __getitem__(self, name: str) -> Any:
+        cls = self._classes[name]
+        return getattr(importlib.import_module(f"gi_lib.attacks.{name}"), cls)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._classes)
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    def name_of(self, cls: type) -> str | None:
+        """The name of an attack; None for a class that is not here."""
+        name = self.names.get(cls.__name__)
+        here = cls.__module__ == f"gi_lib.attacks.{name}"
+        return name if here else None
+
+
+ATTACKS = Registry(
+    {
+        "bias_ratio": "BiasRatio",
+        "dlg": "DLG",
+        "gradinversion": "GradInversion",
+        "idlg": "IDLG",
+        "inverting_gradients": "InvertingGradients",
+        "robbing_the_fed": "RobbingTheFed",
+    }
+)
 
 __all__ = [
     "ATTACKS",
@@ -31,5 +65,16 @@ __all__ = [
     "BiasRatio",
     "GradInversion",
     "InvertingGradients",
+    "Registry",
     "RobbingTheFed",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in ATTACKS.names:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return ATTACKS[ATTACKS.names[name]]
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *ATTACKS.names])

@@ -121,6 +121,7 @@ def queue(
     with contextlib.ExitStack() as held:
         for out in wanted:
             held.enter_context(_only_run(out))
+            held.callback(_compact, out)
         known = {out: {row["key"]: row for row in results.rows(out)} if out.exists() else {} for out in wanted}
         todo = [
             (case, out)
@@ -176,6 +177,13 @@ def _only_run(out: Path) -> Iterator[None]:
         ) from error
 
 
+def _compact(out: Path) -> None:
+    """A file that rests has one line a case."""
+    if out.exists():
+        with contextlib.suppress(OSError, ValueError):  # a full disk or a damaged line is told of by the run itself
+            results.compact(out)
+
+
 def missing(cases: Iterable[Case], out: Path) -> list[Case]:
     """The cases that a run would run."""
     known = {row["key"]: row["status"] for row in results.rows(out)} if Path(out).exists() else {}
@@ -204,10 +212,12 @@ def _measure_all(
         return
     running = {executor.submit(measure, case, root, device): (case, out) for case, out in cases}
     died: list[tuple[Case, Path]] = []
+    started = not isinstance(executor, Pool)  # there a case that kills its process is told from a pool that can't start
     try:
         for future in as_completed(running):
             case, out = running[future]
-            measured = _result(future, case, device)
+            measured = _result(future, case, device, started)
+            started = True
             if measured is None:
                 died.append((case, out))
             else:
@@ -216,14 +226,17 @@ def _measure_all(
             again = executor.submit(measure, case, root, device)
             running[again] = case, out
             reason = "it killed its process, twice, the second time alone: memory ran out, or a library aborted"
-            yield _result(again, case, device) or failed(case, device, reason), out
+            yield _result(again, case, device, started) or failed(case, device, reason), out
     finally:
         for future in running:
             future.cancel()
 
 
-def _result(future: Future, case: Case, device: str) -> Measured | None:
+def _result(future: Future, case: Case, device: str, started: bool) -> Measured | None:
     """What a future has come to; None where the case killed its process.
+
+    Args:
+        started: whether workers may have been there and died.
 
     Raises:
         RuntimeError: the executor can't go on.
@@ -237,6 +250,9 @@ def _result(future: Future, case: Case, device: str) -> Measured | None:
         raise RuntimeError(
             "the worker processes could not start, or died; what is done is kept. In a script, start the run below"
             ' `if __name__ == "__main__":`; else run the study again, with fewer workers where memory ran out'
+            if started
+            else "no worker process could start; a worker imports the script that started it, so in a script start the"
+            ' run below `if __name__ == "__main__":`'
         ) from error
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(

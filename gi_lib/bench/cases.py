@@ -13,17 +13,12 @@ from gi_lib import checkpoints, data, federated, labels, metrics, models, optimi
 from gi_lib.attacks import ATTACKS
 from gi_lib.defenses import DEFENSES, Defense
 from gi_lib.federated import SGD, Adam, Client, LossGradient, ThreatModel
+from gi_lib.provenance import PROFILES
 from gi_lib.types import Observation, Reconstruction, differing, nearest, whole
 
 Attack = Callable[[Observation, torch.Generator], Reconstruction]
 
 
-PROFILES = {
-    "smoke": "tests: embedded data, seconds a case",
-    "quick": "a reader's laptop: about a minute a chapter",
-    "survey": "the published numbers; the record says what was spent",
-}
-"""What a run is for. A profile is written down with its case; each study and chapter says what it means there."""
 TRAINED = "trained"
 """The weights that are made by the recipe of a case's model and dataset."""
 
@@ -134,9 +129,8 @@ def _check_weights(case: Case) -> None:
         raise ValueError(f"the weights {weights!r} belong to {owner!r}, not to {case.model!r}")
 
 
-ATTACK_NAMES: dict[type, str] = {cls: name for name, cls in ATTACKS.items()}
 _NAMES: dict[type, str] = {
-    **{cls: name for registry in (ATTACKS, DEFENSES) for name, cls in registry.items()},
+    **{cls: name for name, cls in DEFENSES.items()},
     **{cls: cls.__name__ for cls in (Case, ThreatModel, Client, LossGradient, SGD, Adam)},
 }
 
@@ -154,7 +148,7 @@ def text(value: Any, *, brief: bool = False) -> str:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         cls = type(value)
         fields = [f"{name}={text(v, brief=brief)}" for name, v in differing(value).items()]
-        name = cls.__qualname__ if brief else _NAMES.get(cls) or f"{cls.__module__}.{cls.__qualname__}"
+        name = cls.__qualname__ if brief else _name(cls)
         return f"{name}({', '.join(fields)}){'' if brief else _revision(cls)}"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(text(v, brief=brief) for v in value) + "]"
@@ -169,6 +163,10 @@ def text(value: Any, *, brief: bool = False) -> str:
             " module, or a dataclass"
         )
     return name if brief else f"{value.__module__}.{name}{_revision(value)}"
+
+
+def _name(cls: type) -> str:
+    return _NAMES.get(cls) or ATTACKS.name_of(cls) or f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _revision(thing: object) -> str:

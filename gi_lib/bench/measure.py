@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gi_lib import checkpoints, data, metrics, models, provenance, training
-from gi_lib.bench.cases import ATTACK_NAMES, TRAINED, Case, identity, key, text
+from gi_lib.attacks import ATTACKS
+from gi_lib.bench.cases import TRAINED, Case, identity, key, text
 from gi_lib.bench.cost import peak_mb, reset_peak, training_step_seconds
 from gi_lib.execution import clock
 from gi_lib.federated import observe
@@ -310,7 +311,7 @@ def _begin(case: Case, device: str) -> Record:
         "key": key(case),
         "case": identity(case),
         "status": "ok",
-        "attack": ATTACK_NAMES.get(type(case.attack), getattr(type(case.attack), "__name__", "")),
+        "attack": ATTACKS.name_of(type(case.attack)) or getattr(type(case.attack), "__name__", ""),
         "attack_text": text(case.attack, brief=True),
         "indices": list(case.indices),
         "threat": text(case.threat, brief=True),

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gi_lib import progress
-from gi_lib.bench.cases import ATTACK_NAMES, Case, text
+from gi_lib.attacks import ATTACKS
+from gi_lib.bench.cases import Case, text
 from gi_lib.bench.measure import AttackError, attempt
 from gi_lib.results import Record
 
@@ -85,7 +86,7 @@ def by_records(rows: Iterable[Record]) -> Estimate:
 
     def seconds(case: Case) -> float | None:
         facts = {**vars(case), "client": str(case.client)}
-        own = ATTACK_NAMES.get(type(case.attack), "")
+        own = ATTACKS.name_of(type(case.attack)) or ""
         if (n := evaluations(case)) is None:
             return per_case.get(_like(own, facts))
         told = (per_evaluation[like] for attack in (own, ANY) if (like := _like(attack, facts)) in per_evaluation)

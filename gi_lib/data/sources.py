@@ -109,8 +109,10 @@ def read_imagenet(folder: Path, split: str, size: int) -> Found:
 def read_celeba(folder: Path, split: str, size: int) -> Found:
     """torchvision's layout of CelebA: img_align_celeba, list_attr_celeba.txt and list_eval_partition.txt."""
     try:
-        attributes = (folder / "list_attr_celeba.txt").read_text().splitlines()
-        parts = dict(line.split() for line in (folder / "list_eval_partition.txt").read_text().splitlines())
+        attributes = (folder / "list_attr_celeba.txt").read_text(encoding="utf-8").splitlines()
+        parts = dict(
+            line.split() for line in (folder / "list_eval_partition.txt").read_text(encoding="utf-8").splitlines()
+        )
         smiling = attributes[1].split().index("Smiling")
         labels = {row[0]: row[1 + smiling] == "1" for row in map(str.split, attributes[2:])}
     except FileNotFoundError as error:

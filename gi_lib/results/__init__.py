@@ -1,7 +1,7 @@
 """Records: one flat JSON row for each case that ran, in `results/<study>.jsonl`, with its picture beside it.
 
-A file is only ever appended to, under a lock, one line in one write. Where a case occurs more than once, its last line
-counts. Every row that is written or read is validated.
+A file is appended to, under a lock, one line in one write. Where a case occurs more than once, its last line counts,
+and is the only one that a run leaves when it ends. Every row that is written or read is validated.
 """
 
 from __future__ import annotations
@@ -279,6 +279,34 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+def compact(path: Path) -> int:
+    """Leave of each case its last line, which is the one that counts, so that other readers see what `rows` sees.
+
+    Returns:
+        How many lines went.
+
+    Raises:
+        OSError: the file can't be written.
+        ValueError: a line is damaged.
+    """
+    import json
+
+    path = Path(path)
+    with lock(path.with_name(path.name + ".lock")):
+        *lines, torn = path.read_bytes().split(b"\n")
+        newest: dict[str, bytes] = {}
+        for number, line in enumerate(lines, start=1):
+            try:
+                newest[json.loads(line)["case"]] = line + b"\n"
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: this line is not a record; restore the file") from error
+        if len(newest) < len(lines):
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+            temporary.write_bytes(b"".join(newest.values()) + torn)
+            temporary.replace(path)
+        return len(lines) - len(newest)
 
 
 def _end_of_whole_lines(file: Any, block: int = 65536) -> int:
