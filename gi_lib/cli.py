@@ -445,7 +445,7 @@ def _study_files(given: Sequence[Path]) -> list[Path]:
     for path in given:
         if path.is_dir():
             found = [
-                file for file in sorted(path.glob("*.py")) if re.search(r"^CASES\b", file.read_text(), re.MULTILINE)
+                file for file in sorted(path.glob("*.py")) if re.search(r"^CASES\b", file.read_text(encoding="utf-8"), re.MULTILINE)
             ]
             if not found:
                 raise FileNotFoundError(f"no Python file in {path} has a list CASES; name a study, or another folder")
