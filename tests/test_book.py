@@ -259,10 +259,11 @@ def test_inline_scripts_name_no_script_of_another_host(html):
     assert [(p.path.name, url) for p in html for url in pattern.findall(p.path.read_text())] == []
 
 
-def test_mathjax_is_vendored(site, html):
-    scripts = [a["src"] for p in html for tag, a in p.tags if tag == "script" and "mathjax" in a.get("src", "")]
-    assert scripts
-    assert (site / "_static/mathjax/tex-chtml-full.js").exists() and (site / "_static/mathjax/LICENSE").exists()
+def test_katex_is_vendored_and_loaded_where_there_is_a_formula(site, html):
+    assert (site / "_static/katex/katex.min.js").exists() and (site / "_static/katex/LICENSE").exists()
+    formula = {p.path for p in html if any("math" in (a.get("class") or "").split() for _, a in p.tags)}
+    loading = {p.path for p in html if any(t == "script" and "katex" in (a.get("src") or "") for t, a in p.tags)}
+    assert loading == formula and formula
 
 
 def test_links_inside_the_site_lead_somewhere(site, html):
@@ -337,8 +338,8 @@ def test_browser_asks_no_other_host(origin, tmp_path, path):
     """The same in a real browser: what the page asked for by its network log."""
     log = tmp_path / "net.json"
     dom = browse(f"{origin}/book/{path.stem}.html", tmp_path, f"--log-net-log={log}")
-    typeset = 'class="math' not in dom or "mjx-container" in dom
-    assert typeset, "MathJax did not typeset the page"
+    typeset = 'class="math' not in dom or 'class="katex' in dom
+    assert typeset, "KaTeX did not typeset the page"
     # One event a line; the browser's own requests have no origin as their initiator.
     events = [json.loads(line.rstrip(",")) for line in log.read_text().splitlines() if '"initiator"' in line]
     own = {event["params"]["url"] for event in events if event["params"]["initiator"] == origin}
