@@ -4,14 +4,10 @@ The site is the one in $GI_SITE, which `make test` sets after building it: then 
 GI_SITE the tests of the site look at `_build/html` and are skipped where nothing is built.
 """
 
-import functools
-import http.server
 import json
-import os
 import re
 import shutil
 import subprocess
-import threading
 import tomllib
 from html.parser import HTMLParser
 from importlib.util import find_spec
@@ -21,6 +17,8 @@ from urllib.parse import unquote, urlencode, urlsplit
 import cells
 import pytest
 import yaml
+from _ext import website
+from docutils.core import publish_doctree
 
 from gi_lib.pages import BOARD, EXPLORED
 
@@ -183,6 +181,36 @@ def test_one_target_changes_the_address_everywhere(tmp_path):
         assert not cells.write_cells(path, cells.address(tmp_path))
 
 
+def test_public_address_follows_from_the_repository():
+    assert website.public_address("https://github.com/Some-body/else.js") == "https://some-body.github.io/else.js/"
+    assert website.public_address("https://github.com/me/Me.github.io") == "https://me.github.io/"
+    with pytest.raises(website.ConfigError, match="make repository"):
+        website.public_address("https://example.org/me/book")
+
+
+def test_description_is_the_first_paragraph_cut_after_a_sentence_or_a_word():
+    plain = {"doctitle_xform": False}
+    first = "One sentence that is long enough to stand alone, as a description should be."
+    page = "Title\n=====\n\n.. class:: badges\n\nrun time 3 s\n\n* a list\n\n{}\n\nMore.\n\nPart\n----\n\nText.\n"
+    assert website.description(publish_doctree(page.format(first), settings_overrides=plain)) == first
+    assert (
+        website.description(
+            publish_doctree(page.format(first + " It goes on" + 40 * " and on"), settings_overrides=plain)
+        )
+        == first
+    )
+    cut = website.description(publish_doctree(page.format(60 * "word "), settings_overrides=plain))
+    assert len(cut) <= website.DESCRIPTION and cut.endswith("word…")
+    assert website.description(publish_doctree("* no paragraph but this")) == ""
+
+
+def test_aliases_of_the_search_are_of_pages_and_stand_once():
+    aliases = yaml.safe_load((ROOT / "_config.yml").read_text())["sphinx"]["config"]["search_aliases"]
+    names = [name.lower() for page in aliases.values() for name in page]
+    assert len(set(names)) == len(names)
+    assert set(aliases) <= {page for pages in contents().values() for page in pages}
+
+
 @pytest.mark.parametrize("wrong", ["", "github.com/a/b", "https://example.org/a/b", "https://github.com/a", "a b"])
 def test_wrong_address_is_refused(tmp_path, wrong):
     (tmp_path / "book").mkdir()
@@ -192,17 +220,6 @@ def test_wrong_address_is_refused(tmp_path, wrong):
 
 
 # --- the site
-
-
-@pytest.fixture(scope="module")
-def site():
-    given = os.environ.get("GI_SITE")
-    folder = (ROOT / (given or "_build/html")).resolve()
-    if not (folder / "index.html").exists():
-        if given:
-            pytest.fail(f"GI_SITE={given} holds no site; `make test` builds it first")
-        pytest.skip("no site is built: make book")
-    return folder
 
 
 class Page(HTMLParser):
@@ -266,6 +283,24 @@ def test_katex_is_vendored_and_loaded_where_there_is_a_formula(site, html):
     assert loading == formula and formula
 
 
+def test_pages_carry_a_description_and_their_address(site, html):
+    """All pages of the table of contents; the site's map lists them and no others."""
+    base = website.public_address(cells.address())
+    pages = [f"{page}.html" for part in contents().values() for page in part]
+    by_path = {page.path.relative_to(site).as_posix(): page for page in html}
+    for name in pages:
+        said = [a for tag, a in by_path[name].tags if tag == "meta"]
+        said = {a.get("name") or a.get("property"): a.get("content") for a in said}
+        assert 20 <= len(said["description"]) <= website.DESCRIPTION, name
+        assert said["og:description"] == said["description"] and said["og:title"]
+        canonical = [a["href"] for tag, a in by_path[name].tags if tag == "link" and a.get("rel") == "canonical"]
+        assert canonical == [said["og:url"]] == [base + name]
+        assert (site / said["og:image"].removeprefix(base)).exists() and said["og:image:alt"]
+    assert re.findall(r"<loc>(.*)</loc>", (site / "sitemap.xml").read_text()) == [base + name for name in pages]
+    assert f"Sitemap: {base}sitemap.xml\n" in (site / "robots.txt").read_text()
+    assert [a["href"] for tag, a in by_path["404.html"].tags if tag == "a"] == [base + name for name in pages]
+
+
 def test_links_inside_the_site_lead_somewhere(site, html):
     """Also the provenance links to ../results/. Not from source pages: viewcode links to what it skips."""
     by_path = {page.path.resolve(): page for page in html}
@@ -307,19 +342,6 @@ def test_chapter_page_has_badges_and_buttons(site, path):
 def test_pages_that_were_given_parameters_show_them(site):
     for path in CHAPTERS:
         assert "# Parameters" in (site / "book" / f"{path.stem}.html").read_text()
-
-
-@pytest.fixture(scope="module")
-def origin(site):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Quiet, directory=str(site))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
 
 
 def browse(address, folder, *options):

@@ -1,7 +1,7 @@
 """What the built site needs beyond the text of its pages.
 
 Its public address, derived from the repository's; a description and social tags on each page; names under which the
-search finds a page; sitemap.xml, robots.txt and a 404.html; KaTeX for the formulas; and only the files that a page uses.
+search finds a page; sitemap.xml, robots.txt and a 404.html; formulas for KaTeX; and only the files that a page uses.
 """
 
 import html
@@ -153,7 +153,7 @@ def write_icons(app):
     for font, names in ICONS.items():
         codes = []
         for name in names.split():
-            found = re.search(r"\.fa-%s(?![\w-])[^{}]*\{(?:content|--fa):\"\\([0-9a-f]+)\"" % name, style)
+            found = re.search(rf"\.fa-{name}(?![\w-])[^{{}}]*\{{content:\"\\([0-9a-f]+)\"", style)
             if not found:
                 raise ConfigError(f"the theme's style has no icon {name!r} any more; correct ICONS in {__name__}.py")
             codes.append(int(found[1], 16))
