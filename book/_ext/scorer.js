@@ -1,5 +1,5 @@
 // How Sphinx's search ranks what it finds: chapters, then pages of reference, then objects of the package. Who types a
-// name as it stands in the code (dots, underscores, capitals inside a word) looks for the object, and gets it first.
+// name as only code writes it, with a dot or an underscore inside, looks for the object and gets it first.
 var Scorer = {
   objNameMatch: 11,
   objPartialMatch: 6,
@@ -11,7 +11,7 @@ var Scorer = {
   partialTerm: 2,
   score: ([page, title, anchor, description, score]) => {
     const query = new URLSearchParams(window.location.search).get("q") || "";
-    if (description !== null) return /[a-z][A-Z]|\w[._]\w/.test(query) ? score + 100 : score - 100;
+    if (description !== null) return /\w[._]\w/.test(query) ? score + 100 : score - 100;
     return /^(CHANGELOG|CONTRIBUTING)$|\/(api|bibliography)$/.test(page) ? score - 40 : score;
   },
 };

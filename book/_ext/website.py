@@ -32,9 +32,10 @@ USED_WHERE = {
     r"mystnb\.": r'class="cell ',
 }
 # The theme loads these on every page: a second copy of its icons, and the index for a search while typing.
-UNUSED = re.compile(r"\s*<script[^>]*/(?:fontawesome|searchtools|language_data|searchindex)\.js[^>]*></script>")
+UNUSED = re.compile(r"\s*<script[^>]*[\"/](?:fontawesome|searchtools|language_data|searchindex)\.js[^>]*></script>")
 
-# The icons in the theme's buttons, by the font that has them. Any other icon loads the whole font.
+# The icons in the theme's buttons, by the font that has them. Any other icon loads the whole font; those of boxes such
+# as notes and warnings are read from the theme's style.
 ICONS = {
     "solid-900": (
         "angle-left angle-right arrow-up bars circle-half-stroke download expand file file-pdf lightbulb list "
@@ -151,7 +152,7 @@ def write_icons(app):
     static.mkdir(parents=True, exist_ok=True)
     faces = []
     for font, names in ICONS.items():
-        codes = []
+        codes = [ord(icon) for icon in re.findall(r"--pst-icon-[\w-]+:\s*\"(.)\"", style)]
         for name in names.split():
             found = re.search(rf"\.fa-{name}(?![\w-])[^{{}}]*\{{content:\"\\([0-9a-f]+)\"", style)
             if not found:
@@ -163,7 +164,7 @@ def write_icons(app):
         cut.subset(face)
         face.flavor = "woff"
         face.save(static / f"icons-{font}.woff")
-        reach = ", ".join(f"U+{code:X}" for code in sorted(codes))
+        reach = ", ".join(f"U+{code:X}" for code in sorted(face.getBestCmap()))
         faces.append(
             f'@font-face {{ font-family: "{FAMILIES[font]}"; font-weight: {font[-3:]}; font-display: block; '
             f'src: url("icons-{font}.woff") format("woff"); unicode-range: {reach}; }}\n'
@@ -177,6 +178,7 @@ NOT_FOUND = """<!DOCTYPE html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="robots" content="noindex">
+<link rel="icon" href="data:,">
 <title>No such page: {site}</title>
 <style>
 :root {{ color-scheme: light dark; }}
