@@ -55,7 +55,6 @@ SEARCHES = {
     "which attack is best": "book/survey",
     "glossary": "book/notation",
     "how to run": "book/how_to",
-    "InvertingGradients.steps": "book/api",
     "gi_lib.metrics": "book/api",
 }
 
