@@ -57,9 +57,9 @@ book: $(STAMP)
 	$(BIN)/python book/build.py site --jobs $(JOBS) --profile $(CHAPTERS)
 
 test: lint
-	$(REAL) $(BIN)/python -m pytest tests --ignore tests/test_book.py
+	$(REAL) $(BIN)/python -m pytest tests --ignore tests/test_book.py --ignore tests/test_browser.py
 	$(BIN)/python book/build.py site --jobs $(JOBS) --profile smoke --root $(SMOKE)
-	GI_SITE=$(SMOKE)/_build/html $(BIN)/python -m pytest tests/test_book.py
+	GI_SITE=$(SMOKE)/_build/html $(BIN)/python -m pytest tests/test_book.py tests/test_browser.py
 	$(BIN)/python book/build.py copies --profile smoke --root $(SMOKE)
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env $(SMOKE)/_build/nbval
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/reference/sanitise.cfg tests/reference

@@ -1,7 +1,12 @@
 """Shape annotations are checked while the tests run, and no test reaches the network."""
 
+import functools
+import http.server
 import ipaddress
+import os
 import socket
+import threading
+from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
@@ -47,3 +52,30 @@ def client(rng):
         return observe(model, batch, client=client or Client(), threat=ThreatModel(**facts), rng=rng), batch
 
     return make
+
+
+@pytest.fixture(scope="session")
+def site():
+    """The folder of the built site: the one in $GI_SITE, which then has to be there, or `_build/html`."""
+    given = os.environ.get("GI_SITE")
+    folder = (Path(__file__).parent.parent / (given or "_build/html")).resolve()
+    if not (folder / "index.html").exists():
+        if given:
+            pytest.fail(f"GI_SITE={given} holds no site; `make test` builds it first")
+        pytest.skip("no site is built: make book")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def origin(site):
+    """The address of a server of the built site, for a browser."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(site))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()

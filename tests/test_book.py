@@ -4,14 +4,10 @@ The site is the one in $GI_SITE, which `make test` sets after building it: then 
 GI_SITE the tests of the site look at `_build/html` and are skipped where nothing is built.
 """
 
-import functools
-import http.server
 import json
-import os
 import re
 import shutil
 import subprocess
-import threading
 import tomllib
 from html.parser import HTMLParser
 from importlib.util import find_spec
@@ -22,6 +18,8 @@ import cells
 import pandas as pd
 import pytest
 import yaml
+from _ext import website
+from docutils.core import publish_doctree
 
 import gi_lib
 from gi_lib.pages import BOARD, EXPLORED
@@ -185,6 +183,36 @@ def test_one_target_changes_the_address_everywhere(tmp_path):
         assert not cells.write_cells(path, cells.address(tmp_path))
 
 
+def test_public_address_follows_from_the_repository():
+    assert website.public_address("https://github.com/Some-body/else.js") == "https://some-body.github.io/else.js/"
+    assert website.public_address("https://github.com/me/Me.github.io") == "https://me.github.io/"
+    with pytest.raises(website.ConfigError, match="make repository"):
+        website.public_address("https://example.org/me/book")
+
+
+def test_description_is_the_first_paragraph_cut_after_a_sentence_or_a_word():
+    plain = {"doctitle_xform": False}
+    first = "One sentence that is long enough to stand alone, as a description should be."
+    page = "Title\n=====\n\n.. class:: badges\n\nrun time 3 s\n\n* a list\n\n{}\n\nMore.\n\nPart\n----\n\nText.\n"
+    assert website.description(publish_doctree(page.format(first), settings_overrides=plain)) == first
+    assert (
+        website.description(
+            publish_doctree(page.format(first + " It goes on" + 40 * " and on"), settings_overrides=plain)
+        )
+        == first
+    )
+    cut = website.description(publish_doctree(page.format(60 * "word "), settings_overrides=plain))
+    assert len(cut) <= website.DESCRIPTION and cut.endswith("word…")
+    assert website.description(publish_doctree("* no paragraph but this")) == ""
+
+
+def test_aliases_of_the_search_are_of_pages_and_stand_once():
+    aliases = yaml.safe_load((ROOT / "_config.yml").read_text())["sphinx"]["config"]["search_aliases"]
+    names = [name.lower() for page in aliases.values() for name in page]
+    assert len(set(names)) == len(names)
+    assert set(aliases) <= {page for pages in contents().values() for page in pages}
+
+
 @pytest.mark.parametrize("wrong", ["", "github.com/a/b", "https://example.org/a/b", "https://github.com/a", "a b"])
 def test_wrong_address_is_refused(tmp_path, wrong):
     (tmp_path / "book").mkdir()
@@ -194,17 +222,6 @@ def test_wrong_address_is_refused(tmp_path, wrong):
 
 
 # --- the site
-
-
-@pytest.fixture(scope="module")
-def site():
-    given = os.environ.get("GI_SITE")
-    folder = (ROOT / (given or "_build/html")).resolve()
-    if not (folder / "index.html").exists():
-        if given:
-            pytest.fail(f"GI_SITE={given} holds no site; `make test` builds it first")
-        pytest.skip("no site is built: make book")
-    return folder
 
 
 class Page(HTMLParser):
@@ -261,10 +278,29 @@ def test_inline_scripts_name_no_script_of_another_host(html):
     assert [(p.path.name, url) for p in html for url in pattern.findall(p.path.read_text())] == []
 
 
-def test_mathjax_is_vendored(site, html):
-    scripts = [a["src"] for p in html for tag, a in p.tags if tag == "script" and "mathjax" in a.get("src", "")]
-    assert scripts
-    assert (site / "_static/mathjax/tex-chtml-full.js").exists() and (site / "_static/mathjax/LICENSE").exists()
+def test_katex_is_vendored_and_loaded_where_there_is_a_formula(site, html):
+    assert (site / "_static/katex/katex.min.js").exists() and (site / "_static/katex/LICENSE").exists()
+    formula = {p.path for p in html if any("math" in (a.get("class") or "").split() for _, a in p.tags)}
+    loading = {p.path for p in html if any(t == "script" and "katex" in (a.get("src") or "") for t, a in p.tags)}
+    assert loading == formula and formula
+
+
+def test_pages_carry_a_description_and_their_address(site, html):
+    """All pages of the table of contents; the site's map lists them and no others."""
+    base = website.public_address(cells.address())
+    pages = [f"{page}.html" for part in contents().values() for page in part]
+    by_path = {page.path.relative_to(site).as_posix(): page for page in html}
+    for name in pages:
+        said = [a for tag, a in by_path[name].tags if tag == "meta"]
+        said = {a.get("name") or a.get("property"): a.get("content") for a in said}
+        assert 20 <= len(said["description"]) <= website.DESCRIPTION, name
+        assert said["og:description"] == said["description"] and said["og:title"]
+        canonical = [a["href"] for tag, a in by_path[name].tags if tag == "link" and a.get("rel") == "canonical"]
+        assert canonical == [said["og:url"]] == [base + name]
+        assert (site / said["og:image"].removeprefix(base)).exists() and said["og:image:alt"]
+    assert re.findall(r"<loc>(.*)</loc>", (site / "sitemap.xml").read_text()) == [base + name for name in pages]
+    assert f"Sitemap: {base}sitemap.xml\n" in (site / "robots.txt").read_text()
+    assert [a["href"] for tag, a in by_path["404.html"].tags if tag == "a"] == [base + name for name in pages]
 
 
 def test_links_inside_the_site_lead_somewhere(site, html):
@@ -310,19 +346,6 @@ def test_pages_that_were_given_parameters_show_them(site):
         assert "# Parameters" in (site / "book" / f"{path.stem}.html").read_text()
 
 
-@pytest.fixture(scope="module")
-def origin(site):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Quiet, directory=str(site))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-
-
 def browse(address, folder, *options):
     """The page as it stands in a real browser after its scripts have run, where one is installed."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -339,8 +362,8 @@ def test_browser_asks_no_other_host(origin, tmp_path, path):
     """The same in a real browser: what the page asked for by its network log."""
     log = tmp_path / "net.json"
     dom = browse(f"{origin}/book/{path.stem}.html", tmp_path, f"--log-net-log={log}")
-    typeset = 'class="math' not in dom or "mjx-container" in dom
-    assert typeset, "MathJax did not typeset the page"
+    typeset = 'class="math' not in dom or 'class="katex' in dom
+    assert typeset, "KaTeX did not typeset the page"
     # One event a line; the browser's own requests have no origin as their initiator.
     events = [json.loads(line.rstrip(",")) for line in log.read_text().splitlines() if '"initiator"' in line]
     own = {event["params"]["url"] for event in events if event["params"]["initiator"] == origin}
