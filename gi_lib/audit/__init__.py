@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gi_lib import labels as rules
 from gi_lib import metrics, provenance
-from gi_lib.attacks import DLG, BiasRatio, GradInversion, InvertingGradients, RobbingTheFed
+from gi_lib.attacks import DLG, IDLG, BiasRatio, GradInversion, InvertingGradients, RobbingTheFed
 from gi_lib.audit import page
 from gi_lib.audit.facts import PIECEWISE_LINEAR, Pictures, facts_of, picture_uri, public_images, rank
 from gi_lib.copies import batch_norms
@@ -47,11 +47,14 @@ ANSWERS = ("leaks", "leaks in part", "not found", "not tried")
 """From the worst. None of them says "safe"."""
 LEAST_STEPS = 20
 """Fewer steps of a search are none."""
+USEFUL = 100
+"""Evaluations that a search must have before another search shares the budget."""
 SHOWN = 8
 """Images of a batch that a report shows."""
 RANK_SHARE = 0.2
 """Of the budget, that counting the rank may take."""
 FEDSGD = Client()
+THE_LABELS = "the labels"
 CANDIDATES = 500
 """The most images among which a reconstruction must find its original, to count as identified."""
 
@@ -225,11 +228,12 @@ class _Case:
     def simulated(self) -> list[_Target]:
         return [target for target in self.targets if target.truth is not None]
 
-    def attacker(self, attack: Any, told: str = "") -> str:
-        threat = granted(attack, labels="labels" in told, details=self.details)
+    def attacker(self, attack: Any, told: Sequence[str] = ()) -> str:
+        threat = granted(attack, labels=THE_LABELS in told, details=self.details)
         who = "an attacker with" if told else "an eavesdropper with"
-        details = ", the client's training details" if self.details else ""
-        return f"{who} the update, the model, the batch size{details}{told} ({threat.letter})"
+        known = ["the update", "the model", "the batch size"]
+        known += ["the client's training details"] * self.details + list(told)
+        return f"{who} {', '.join(known[:-1])} and {known[-1]} ({threat.letter})"
 
 
 def audit(
@@ -528,60 +532,95 @@ def _malicious(case: _Case) -> list[Finding]:
     return [dataclasses.replace(found, numbers=found.numbers | {"malicious": True})]
 
 
-def _battery(obs: Observation) -> list[tuple[str, Callable[[int], Any], int]]:
-    """Name, the attack with so many steps, and the most steps that its paper takes."""
-    found: list[tuple[str, Callable[[int], Any], int]] = [
-        ("Inverting Gradients", lambda n: InvertingGradients(steps=n), InvertingGradients.steps)
-    ]
+def _battery(obs: Observation) -> list["_Search"]:
+    """The searches that this model calls for, in an attacker's order: L-BFGS where it is smooth, then first order."""
+    found = [_Search("Inverting Gradients", lambda n: InvertingGradients(steps=n), InvertingGradients.steps, USEFUL)]
     if not any(isinstance(layer, PIECEWISE_LINEAR) for layer in obs.model.modules()):
-        found.append(("DLG", lambda n: DLG(steps=n), DLG.steps))
+        one = obs.batch_size == 1
+        found.insert(
+            0,
+            _Search(
+                "iDLG" if one else "DLG",
+                (lambda n: IDLG(steps=n)) if one else (lambda n: DLG(steps=n)),
+                DLG.steps,
+                USEFUL // DLG.max_iter,
+            ),
+        )
     if batch_norms(obs.model):
-        found.append(("GradInversion", lambda n: GradInversion(steps=n, restarts=2), GradInversion.steps))
+        found.append(
+            _Search("GradInversion", lambda n: GradInversion(steps=n, restarts=2), GradInversion.steps, USEFUL)
+        )
     return found
 
 
 def _searches(case: _Case, end: float, steps: int | None) -> list[Finding]:
-    """Each search on every target with as many steps: what is left of the time, divided among those to come."""
-    battery = _battery(case.targets[0].see(ThreatModel()))
-    findings = []
-    for i, (name, make, most) in enumerate(battery):
-        seen, told = [], ""
+    """Each search on every target with as many steps as what is left of the time allows, shared out evenly."""
+    plan: list[_Search] = []
+    for search in _battery(case.targets[0].see(ThreatModel())):
         for target in case.targets:
             try:
-                obs, told = _seen(make(1), target)
-                seen.append((target, obs))
+                obs, search.told[:] = _seen(search.make(1), target)
+                search.seen.append((target, obs))
             except NotApplicableError as error:
-                case.untried.append((f"{name} on the {target.name}", str(error)))
-        if not seen:
-            continue
-        n = steps
-        if n is None:
-            each = _step_seconds(make(2), seen[0][1], case.seed)
-            left = (end - time.perf_counter()) / (len(battery) - i) / len(seen)
-            n = min(most, int(left / each))
-            if n < LEAST_STEPS and i:  # the first was promised its least
-                case.untried.append((name, f"the budget leaves it {max(n, 0)} steps; {LEAST_STEPS} are the least"))
-                continue
-            n = max(n, LEAST_STEPS)
+                case.untried.append((f"{search.name} on the {target.name}", str(error)))
+        if search.seen:
+            plan.append(search)
+    if steps is None:
+        for search in plan:
+            search.seconds = _step_seconds(search.make(2), search.seen[0][1], case.seed)
+        while len(plan) > 1 and (short := [s for s in plan if not s.useful((end - time.perf_counter()) / len(plan))]):
+            plan.remove(short[-1])
+            case.untried.append((short[-1].name, f"the budget leaves it less than {short[-1].least} steps"))
+    findings = []
+    for i, search in enumerate(plan):
+        n = steps or max(1, search.affords((end - time.perf_counter()) / (len(plan) - i)))
         begun = time.perf_counter()
-        results = [_run(case, make(n), target, obs) for target, obs in seen]
+        results = [_run(case, search.make(n), target, obs) for target, obs in search.seen]
         spent = f"{n:,} steps on each update, {time.perf_counter() - begun:.0f} s in all"
-        question = f"Does a search find the images? ({name})"
-        findings.append(_images(case, question, results, case.attacker(make(1), told), spent))
+        question = f"Does a search find the images? ({search.name})"
+        findings.append(_images(case, question, results, case.attacker(search.make(1), search.told), spent))
     return findings
 
 
-def _seen(attack: Any, target: _Target) -> tuple[Observation, str]:
+@dataclass
+class _Search:
+    """A search, what it is shown, and what it costs.
+
+    Args:
+        make: the attack with so many steps.
+        most: steps that its paper takes.
+        least: steps under which it is left out, where there is another.
+        told: what it is told beyond the least.
+        seconds: of a step on one target.
+    """
+
+    name: str
+    make: Callable[[int], Any]
+    most: int
+    least: int
+    told: list[str] = field(default_factory=list)
+    seen: list[tuple[_Target, Observation]] = field(default_factory=list)
+    seconds: float = math.inf
+
+    def useful(self, seconds: float) -> bool:
+        return self.affords(seconds) >= self.least
+
+    def affords(self, seconds: float) -> int:
+        """Steps on each target in so many seconds."""
+        return min(self.most, int(max(0.0, seconds) / len(self.seen) / self.seconds))
+
+
+def _seen(attack: Any, target: _Target) -> tuple[Observation, list[str]]:
     """What the attack is shown, and what it was told beyond the least; the labels, where no rule finds them."""
     threat = granted(attack)
-    told = ", and the batch-norm statistics of the batch" if threat.knows_bn_stats else ""
+    told = ["the batch's batch-norm statistics"] if threat.knows_bn_stats else []
     obs = target.see(threat)
     try:
         obs.need(attack)
     except NotApplicableError:
         obs = target.see(dataclasses.replace(threat, knows_labels=True))
         obs.need(attack)
-        told += ", and the labels"
+        told.append(THE_LABELS)
     return obs, told
 
 

@@ -128,7 +128,11 @@ def facts_of(
             "the attacker does not know which units were dropped" if dropping else "nothing random to guess",
         ),
         ("client", str(client), "steps at weights that nobody has seen" if client.steps > 1 else "one gradient"),
-        ("batch", f"{obs.batch_size} images", "the update is their mean" if obs.batch_size != 1 else "nothing to mix"),
+        (
+            "batch",
+            f"{obs.batch_size} image{'s' if obs.batch_size != 1 else ''}",
+            "the update is their mean" if obs.batch_size != 1 else "nothing to mix",
+        ),
         (
             "defense",
             "none" if defense is None else str(defense),

@@ -163,7 +163,7 @@ def load_state(model: Classifier, path: Path) -> None:
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"{path} does not hold the state of this model ({error}); save it by safetensors.torch.save_file("
-            "model.state_dict(), ...)"
+            "model.state_dict(), ...), and build the model for as many classes and as large images"
         ) from error
 
 
