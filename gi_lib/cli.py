@@ -771,14 +771,16 @@ def table(
 
 def _fitting(summary: "pd.DataFrame", by: Sequence[str], width: int) -> Iterator[str]:
     """Lines of at most `width`: first what all groups share, then a table of what there is room for."""
-    shared = [name for name in by if len(summary) > 1 and summary[name].nunique(dropna=False) == 1]
+    shared = [name for name in by[1:] if summary[name].nunique(dropna=False) == 1]
     if shared:
         said = "all: " + ", ".join(f"{name} {_cell(summary[name].iloc[0])}" for name in shared)
         yield from textwrap.wrap(said, width, subsequent_indent="     ")
     names = [name for name in by if name not in shared]
     columns = {name: [_cell(value) for value in summary[name]] for name in names}
-    most = max(8, (width - 40) // max(1, len(names)))  # of a name; the numbers need the rest
-    columns = {name: [_cut(value, most) for value in values] for name, values in columns.items()}
+    most = {name: max(map(len, [name, *values])) for name, values in columns.items()}
+    while sum(most.values()) > max(8 * len(names), width - 34) - 2 * len(names):  # the numbers need the rest
+        most[max(most, key=lambda name: most[name])] -= 1
+    columns = {name: [_cut(value, most[name]) for value in values] for name, values in columns.items()}
     columns["ok"] = [f"{row.ok}/{row.n}" for row in summary.itertuples()]
     for name, digits in NUMBERS.items():
         columns[name] = [_cell(value, digits) for value in summary[name]]
