@@ -605,7 +605,10 @@ def test_audit_on_images_of_ones_own_and_of_a_model_with_its_own_classes(mine):
     settings = ("--images", "photos", "--size", 8, "--steps", 1, "--clients", 1, "--defense", "gaussian_noise:std=0")
     done = mine("audit", "mymodule:net", *settings)
     assert done.exit_code == 0, done.output
-    facts = json.loads(Path("audit.json").read_text(encoding="utf-8"))["facts"]
+    written = json.loads(Path("audit.json").read_text(encoding="utf-8"))
+    facts = written["facts"]
+    assert written["made"]["simulated on"] == "3 images of your own"
+    assert {f["numbers"]["chance"] for f in written["findings"] if f["numbers"]["kind"] == "images"} == {1 / 31}
     assert facts["images"] == "3 x 8 x 8, 6 classes" and facts["defense"] == "GaussianNoise(std=0)"
 
 

@@ -211,6 +211,8 @@ class _Case:
     defense: Defense | None
     seed: int
     pictures: Pictures | None
+    candidates: Tensor | None
+    """Images among which a reconstruction must find its original."""
     targets: list[_Target] = field(default_factory=list)
     untried: list[tuple[str, str]] = field(default_factory=list)
 
@@ -218,11 +220,6 @@ class _Case:
     def details(self) -> bool:
         """Whether the client has training details, which its attacker is told."""
         return self.client.steps > 1 or self.client.optimiser != PLAIN
-
-    @property
-    def candidates(self) -> Tensor | None:
-        """Images among which a reconstruction must find its original."""
-        return None if self.pictures is None else self.pictures.images[:CANDIDATES]
 
     @property
     def simulated(self) -> list[_Target]:
@@ -281,8 +278,12 @@ def audit(
     if isinstance(budget, bool) or not budget > 0 or not math.isfinite(budget):
         raise ValueError(f"an audit needs a budget in seconds, a finite number > 0, got {budget!r}")
     batch_size = batch_size if labels is None else len(labels)
-    pictures = public_images(shape) if images is None else Pictures(images.images, images.labels, "images of your own")
-    case = _Case(model, shape, batch_size, client, defense, seed, pictures)
+    public = public_images(shape)
+    own = None if images is None else Pictures(images.images, images.labels, f"{len(images)} images of your own")
+    known = [some.images for some in (own, public) if some is not None]
+    candidates = torch.cat(known)[:CANDIDATES] if known else None
+    pictures = own or public
+    case = _Case(model, shape, batch_size, client, defense, seed, pictures, candidates)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if update is not None:

@@ -47,7 +47,10 @@ STYLE = """<style>
 READING = (
     ("floor", "the PSNR of the image's own mean colour: what an attacker reaches who finds out no more than that"),
     ("recovered", "at least 6 dB above the floor: half the error of the mean colour"),
-    ("identified", "nearer to its original than to any other image that clients may have"),
+    (
+        "identified",
+        "nearer to its original than to any of the other images that clients may have, or that are embedded",
+    ),
     ("chance", "how often a picture of nothing is identified, or a label guessed"),
     ("letter", "the threat model in the taxonomy of Carletti et al. (2025), from A, an eavesdropper, to G"),
 )
