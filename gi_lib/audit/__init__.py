@@ -299,7 +299,8 @@ def audit(
         findings = [_labels(case), _counted(case, budget), *_closed_form(case), *_malicious(case)]
         findings += _searches(case, started + budget, steps)
     made = {
-        "time": f"{time.perf_counter() - started:.0f} s, of a budget of {budget:g} s",
+        "time": f"{time.perf_counter() - started:.0f} s, "
+        + (f"of a budget of {budget:g} s" if steps is None else f"for {steps} steps of each search"),
         "simulated on": "nothing" if pictures is None else pictures.about,
         "seed": str(seed),
         "commit": provenance.commit() or "unknown",
