@@ -1,5 +1,6 @@
 """The `gi` command. What a subcommand needs is imported when it runs, so that `--help` waits for nothing."""
 
+import os
 import re
 import shutil
 import sys
@@ -16,11 +17,13 @@ from typer.core import TyperGroup
 import gi_lib
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from gi_lib.audit import Audit
     from gi_lib.bench import Case, Cell, Estimate
-    from gi_lib.federated import ThreatModel
     from gi_lib.results import Record
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
 
 MANUAL = """Gradient inversion: reconstruct private images from what federated learning shares.
 
@@ -32,8 +35,11 @@ A photograph, four starts at once, the label known to the attacker:
 A malicious server, and a client that adds noise; settings follow a colon:
     gi attack robbing_the_fed:bins=64 --model convnet --dataset photos --indices 0-7
     gi attack bias_ratio --model mlp --defense gaussian_noise:std=0.01
-Your own network, or a library's:
+Your own network, or a library's; your own images; any setting of an attack:
     gi attack inverting_gradients --model torchvision:resnet18 --dataset photos --steps 50
+    gi attack inverting_gradients --images holiday.jpg --set tv=.01 --set steps=300
+Is my model exposed? A report of what leaks from it, and from an update that you recorded:
+    gi audit mymodule:net --update round.safetensors
 What there is, and what each attack needs:
     gi list
 A study: a Python file with a list CASES, which is executed. What it would take; then to run
@@ -55,7 +61,7 @@ there is downloaded by torchvision, where it can be.
 \b
 Exit codes. 0: done. 1: an attack failed, a value is still missing, or a check found a
 problem. 2: bad input, a missing file, a full disk, a study that another process runs.
-130: interrupted by Ctrl-C; what was written stays.
+130: interrupted by Ctrl-C; what was written stays. 141: whoever read the output closed it.
 """
 
 
@@ -66,7 +72,11 @@ class Gi(TyperGroup):
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             try:
-                return super().invoke(ctx)
+                done = super().invoke(ctx)
+                sys.stdout.flush()
+                return done
+            except BrokenPipeError:
+                raise typer.Exit(CLOSED_PIPE) from None
             except (typer.Exit, typer.Abort):  # RuntimeErrors both
                 raise
             except KeyboardInterrupt:
@@ -130,8 +140,16 @@ def attack(
         typer.Option(help="A model of `gi list models`, torchvision:NAME, timm:NAME, or package.module:factory."),
     ] = "lenet",
     dataset: Annotated[str, typer.Option(help="A dataset of `gi list datasets`.")] = "digits",
+    images: Annotated[
+        Path | None,
+        typer.Option(help="In place of a dataset: an image, a folder of images, or a folder with a folder a class."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of the dataset: test or train.")] = "test",
     indices: Annotated[str, typer.Option(help="The images of the batch, such as 0,1 or 0-3.")] = "0",
     labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Tell the attacker the labels.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the attack; can be repeated.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(show_default="the paper's")] = None,
     restarts: Annotated[int | None, typer.Option(help="Starts, run as one batch.", show_default="the paper's")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights, the attack and the clients.")] = 0,
@@ -151,24 +169,36 @@ def attack(
     clients: Annotated[int, typer.Option(help="Clients that share the batch; the attacker sees their mean.")] = 1,
     defense: Annotated[str | None, typer.Option(help="A defense of `gi list defenses`, with settings.")] = None,
     out: Annotated[Path, typer.Option(help="The picture: truth above, reconstruction below.")] = Path("attack.png"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     root: Root = None,
     device: Device = None,
 ) -> None:
     """Run one attack on one batch, print its scores, write the picture.
 
-    The attacker is granted what the attack can't do without; the threat model is printed.
+    The attacker is granted what the attack can't do without; the threat model is printed. LPIPS needs AlexNet's
+    weights in the data root: nothing is downloaded for it here.
 
     \b
     gi attack dlg --model lenet --dataset digits --indices 0
     gi attack inverting_gradients --dataset photos --indices 0,1 --labels --out photos.png
+    gi attack dlg --images holiday.jpg --size 16 --set lr=.5 --json
     """
+    import dataclasses
+    import json
+
     from gi_lib import Client, bench, provenance, results
     from gi_lib.attacks import ATTACKS
+    from gi_lib.audit import granted
+    from gi_lib.data import FOLDER_SIZE
     from gi_lib.defenses import DEFENSES
 
-    given = {k: v for k, v in {"steps": steps, "restarts": restarts}.items() if v is not None}
+    given = dict(_setting(text, "--set") for text in set_ or ())
+    given |= {k: v for k, v in {"steps": steps, "restarts": restarts}.items() if v is not None}
     chosen = from_spec(name, ATTACKS, "attack", given)
-    threat = _granted(chosen, labels=labels, details=local_steps is not None)
+    threat = granted(chosen, labels=labels, details=local_steps is not None)
+    own = dataset
+    if images is not None:
+        dataset, own = f"folder:{images}", "photos"
     case = bench.Case(
         chosen,
         model,
@@ -177,20 +207,26 @@ def attack(
         seed=seed,
         weights=weights,
         size=size,
+        split=split,
         threat=threat,
         client=Client() if local_steps is None else Client(steps=local_steps, lr=local_lr),
         defense=None if defense is None else from_spec(defense, DEFENSES, "defense"),
         train=train,
         clients=clients,
-        auxiliary=dataset if threat.has_auxiliary_data else None,
+        auxiliary=own if threat.has_auxiliary_data else None,
     )
+    if case.auxiliary is not None and images is not None and size is None:
+        case = dataclasses.replace(case, size=FOLDER_SIZE)
     try:
         record, picture = bench.attempt(case, root, provenance.choose_device(device))
     except bench.AttackError as error:
         raise error.__cause__ or error from None
     assert picture is not None
-    truth, images = picture
-    results.write_picture(out, truth, images, zoom=max(1, 128 // truth.shape[-1]))
+    truth, found = picture
+    results.write_picture(out, truth, found, zoom=max(1, 128 // truth.shape[-1]))
+    if as_json:
+        print(json.dumps({**record, "commit": provenance.commit(), "picture": str(out)}, indent=1, allow_nan=False))
+        return
     print(f"{record['attack_text']}; {bench.text(case.threat, brief=True)}, letter {record['threat_letter']}")
     print(f"on {model}, {weights or 'untrained'}; {dataset} {list(case.indices)}; {record['client']}")
     labels_found = record["label_accuracy"]
@@ -212,37 +248,149 @@ def attack(
     print(f"picture: {out}")
 
 
-def _granted(attack: Any, *, labels: bool, details: bool) -> "ThreatModel":
-    """The least threat model under which the attack runs."""
-    from gi_lib import ThreatModel
-    from gi_lib.types import Needs
+@app.command()
+def audit(
+    model: Annotated[str, typer.Argument(help="package.module:factory, torchvision:NAME, timm:NAME, or one of ours.")],
+    update: Annotated[
+        Path | None,
+        typer.Option(help="A recorded update, safetensors by parameter name: a gradient, or (before - after) / rate."),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="An image or a folder for simulated clients.", show_default="embedded photographs"),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="The model's state from before the round, safetensors.", show_default="as it is built"),
+    ] = None,
+    classes: Annotated[int | None, typer.Option(show_default="10, or what the model gives")] = None,
+    channels: Annotated[int, typer.Option(help="Of the images.")] = 3,
+    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images of a client.")] = 1,
+    labels: Annotated[
+        str | None, typer.Option(help="Labels of the recorded update, such as 3,5, where they are known.")
+    ] = None,
+    train: Annotated[bool, typer.Option("--train/--eval", help="The mode of the client's model.")] = False,
+    local_steps: Annotated[int, typer.Option(help="Steps of a client, known to the attacker.")] = 1,
+    local_lr: Annotated[float, typer.Option(help="The learning rate of several steps.")] = 0.01,
+    defense: Annotated[
+        str | None, typer.Option(help="Of simulated clients: a defense of `gi list defenses`, with settings.")
+    ] = None,
+    clients: Annotated[int, typer.Option(help="How many clients are simulated.")] = 2,
+    budget: Annotated[float, typer.Option(help="Seconds for the searches.")] = 60.0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of each search.", show_default="as the budget allows")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights, the attacks and the clients.")] = 0,
+    out: Annotated[Path, typer.Option(help="The report, one HTML file; a JSON is written beside it.")] = Path(
+        "audit.html"
+    ),
+    device: Device = None,
+) -> None:
+    """Is my model exposed? Attack it, and an update of it that was recorded, and write a report.
 
-    facts = getattr(attack, "needs", Needs()).facts
-    return ThreatModel(
-        knows_labels=labels or "labels" in facts,
-        knows_training_details=details,
-        knows_order="order" in facts,
-        knows_bn_stats="bn_stats" in facts,
-        knows_buffers="buffers" in facts,
-        knows_defense="defense" in facts,
-        has_auxiliary_data="auxiliary" in facts or hasattr(attack, "plant"),
-        malicious_server="trapdoor" in facts,
+    Closed forms, label rules, counts, a server that changes the model, and searches within the budget. Without an
+    update clients are simulated. The attacks never see the images; simulated ones are scored afterwards.
+
+    \b
+    gi audit mymodule:net --update round.safetensors --classes 100 --size 64
+    gi audit torchvision:mobilenet_v3_small --images photos/ --batch-size 4 --budget 300
+    """
+    from gi_lib import audit as auditing
+
+    try:
+        found = _audited(
+            model, update, images, weights, classes, (channels, size, size), labels, train, device,
+            batch_size=batch_size, local_steps=local_steps, local_lr=local_lr, defense=defense, clients=clients,
+            budget=budget, steps=steps, seed=seed,
+        )  # fmt: skip
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        auditing.write(out, auditing.failed_page(model, reason), {"name": model, "error": reason})
+        raise
+    beside = auditing.write(out, found.page(), found.as_dict())
+    width = shutil.get_terminal_size((100, 0)).columns
+    print(f"{model}: {found.headline}")
+    for text in found.care:
+        _complain(f"warning: {text}")
+    for finding in found.findings:
+        print(f"  {finding.answer:<18}{finding.question}")
+        for line in textwrap.wrap(f"{finding.evidence}. {finding.sure}.", max(40, width - 20)):
+            print(" " * 20 + line)
+    print(f"not tried: {', '.join(what for what, _ in found.untried)}")
+    print(f"report: {out}, numbers: {beside}")
+
+
+def _audited(
+    model: str,
+    update: Path | None,
+    images: Path | None,
+    weights: Path | None,
+    classes: int | None,
+    shape: tuple[int, int, int],
+    labels: str | None,
+    train: bool,
+    device: str | None,
+    *,
+    local_steps: int,
+    local_lr: float,
+    defense: str | None,
+    seed: int,
+    **more: Any,
+) -> "Audit":
+    """What `gi audit` was asked for."""
+    import torch
+
+    from gi_lib import Client, data, models, provenance
+    from gi_lib.audit import audit as run_audit
+    from gi_lib.copies import functional_copy, number_of_logits
+    from gi_lib.defenses import DEFENSES
+
+    net = models.build(model, num_classes=classes or DEFAULT_CLASSES, image_shape=shape, seed=seed)
+    if classes is None:
+        net.num_classes = max(2, number_of_logits(functional_copy(net), shape))
+    if weights is not None:
+        models.load_state(net, weights)
+    own = None
+    if images is not None:
+        if shape[0] != 3:
+            raise ValueError("images of your own are read in colour; leave --images out, or take --channels 3")
+        folder = data.load(f"folder:{images}", size=shape[1])
+        own = folder.batch(range(len(folder)))
+        if int(own.labels.max()) >= net.num_classes:
+            raise ValueError(
+                f"{images} has {folder.num_classes} class folders, and the model has {net.num_classes} classes; give"
+                " the folders of its classes, or say --classes"
+            )
+    return run_audit(
+        net.train(train).to(provenance.choose_device(device)),
+        shape,
+        name=model,
+        update=update,
+        labels=None if labels is None else torch.tensor(parse_indices(labels, "--labels")),
+        images=own,
+        client=Client() if local_steps == 1 else Client(steps=local_steps, lr=local_lr),
+        defense=None if defense is None else from_spec(defense, DEFENSES, "defense"),
+        seed=seed,
+        **more,
     )
 
 
+DEFAULT_CLASSES = 10
+"""Of a model that takes any number of classes."""
 MOST_INDICES = 4096
 
 
-def parse_indices(text: str) -> tuple[int, ...]:
+def parse_indices(text: str, option: str = "--indices") -> tuple[int, ...]:
     """ "0,2-4" -> (0, 2, 3, 4)."""
     ranges = []
     for part in text.split(","):
         numbers = re.fullmatch(r"\s*(\d{1,12})(?:-(\d{1,12}))?\s*", part)
         if numbers is None:
-            raise ValueError(f"--indices {text!r:.60} is not a list of whole numbers such as 0,1 or 0-3")
+            raise ValueError(f"{option} {text!r:.60} is not a list of whole numbers such as 0,1 or 0-3")
         ranges.append(range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1))
     if sum(map(len, ranges)) > MOST_INDICES:
-        raise ValueError(f"--indices {text!r:.60} is more than {MOST_INDICES} images; a batch of so many is no one's")
+        raise ValueError(f"{option} {text!r:.60} is more than {MOST_INDICES} images; a batch of so many is no one's")
     return tuple(i for part in ranges for i in part)
 
 
@@ -262,14 +410,20 @@ def from_spec(spec: str, registry: Mapping[str, type], kind: str, more: Mapping[
     fields = {f.name: f for f in dataclasses.fields(registry[name])}
     given = dict(more or {})
     for setting in filter(None, settings.split(",")):
-        field, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"{spec!r}: settings are written field=value, separated by commas")
-        given[field.strip()] = _value(value.strip())
+        field, value = _setting(setting, spec)
+        given.setdefault(field, value)
     for field in given:
         if field not in fields:
             raise ValueError(f"{nearest(field, fields, f'setting of {name}')}")
     return registry[name](**given)
+
+
+def _setting(text: str, where: str) -> tuple[str, int | float | bool | None | str]:
+    """ "field=value" -> the two."""
+    field, equals, value = text.partition("=")
+    if not equals or not field.strip():
+        raise ValueError(f"{where!r}: settings are written field=value, such as tv=.1, got {text!r:.60}")
+    return field.strip(), _value(value.strip())
 
 
 def _value(text: str) -> int | float | bool | None | str:
@@ -295,7 +449,13 @@ def run(
         list[Path],
         typer.Argument(help="Python files with a list CASES each, which are executed, or a folder of them."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for NAME.jsonl and the pictures.")] = Path("results"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for NAME.jsonl and the pictures.",
+            show_default="results; own_results, where results are the survey's and the study is not",
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes, each with one thread.")] = 1,
     limit: Annotated[
         float | None,
@@ -335,6 +495,7 @@ def run(
 
     files = _study_files(studies)
     loaded = _load(files, only)
+    out = out or _results_of(files)
     if not any(cases for cases, _ in loaded.values()):
         raise ValueError(
             f"{', '.join(map(str, files))} needs a list CASES of gi_lib.bench.Case with at least one entry; a study"
@@ -439,20 +600,35 @@ def _unchanged(files: Sequence[Path]) -> Callable[[], None]:
     return check
 
 
+def _results_of(files: Sequence[Path]) -> Path:
+    """Where records of these studies go: those of a checkout's experiments into its results, others never there."""
+
+    def checkout(folder: Path) -> bool:
+        return (folder / "gi_lib" / "cli.py").is_file() and (folder / "experiments").is_dir()
+
+    here, homes = Path.cwd(), {file.resolve().parent for file in files}
+    if all(home.name == "experiments" and checkout(home.parent) for home in homes) and len(homes) == 1:
+        [home] = homes
+        return Path("results") if home.parent == here else home.parent / "results"
+    return Path("own_results" if checkout(here) else "results")
+
+
 def _study_files(given: Sequence[Path]) -> list[Path]:
     """The files themselves, and of a folder those that name CASES."""
     files = []
     for path in given:
         if path.is_dir():
-            found = [
-                file for file in sorted(path.glob("*.py")) if re.search(r"^CASES\b", file.read_text(encoding="utf-8"), re.MULTILINE)
-            ]
+            found = [file for file in sorted(path.glob("*.py")) if _names_cases(file)]
             if not found:
                 raise FileNotFoundError(f"no Python file in {path} has a list CASES; name a study, or another folder")
             files += found
         else:
             files.append(path)
     return files
+
+
+def _names_cases(file: Path) -> bool:
+    return bool(re.search(r"^CASES\b", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE))
 
 
 def _report(records: "Sequence[Record]", where: Path) -> None:
@@ -522,7 +698,9 @@ def load_study(path: Path) -> "tuple[list[Case], float | None]":
 @app.command()
 def check(
     study: Annotated[Path, typer.Argument(help="A Python file with a list CASES; it is executed.")],
-    out: Annotated[Path, typer.Option(help="Folder of NAME.jsonl and the pictures.")] = Path("results"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of NAME.jsonl and the pictures.", show_default="as `gi run`")
+    ] = None,
     sample: Annotated[int, typer.Option(min=0, help="How many cases are run again, spread over the cells.")] = 3,
     seed: Annotated[int, typer.Option(help="Draws another sample.")] = 0,
     cheapest: Annotated[
@@ -548,7 +726,7 @@ def check(
     cases, _ = load_study(study)
     report = bench.check(
         cases,
-        out / f"{study.stem}.jsonl",
+        (out or _results_of([study])) / f"{study.stem}.jsonl",
         sample=sample,
         seed=seed,
         cheapest=cheapest,
@@ -567,6 +745,13 @@ def check(
         raise typer.Exit(FAILED)
 
 
+class Form(StrEnum):
+    text = "text"
+    csv = "csv"
+    json = "json"
+    md = "md"
+
+
 @app.command()
 def table(
     path: Annotated[Path, typer.Argument(help="A file of records, or a folder of them.")] = Path("results"),
@@ -577,24 +762,107 @@ def table(
             " and what else differs within such a group."
         ),
     ] = None,
+    form: Annotated[
+        Form, typer.Option("--format", help="text fits the terminal; the others have every column.")
+    ] = Form.text,
 ) -> None:
     """Summarise records, one line a group.
 
-    Shows ok of n cases; means over images of PSNR, with its 95 % interval, SSIM and LPIPS; the share of
-    labels found; medians of seconds, steps, and the cost in training steps.
+    Shows ok of n cases; means over images of PSNR, with its 95 % interval, of decibels above the floor, SSIM and
+    LPIPS; the share identified and of labels found; medians of seconds, steps, and the cost in training steps. The
+    text leaves out what a terminal has no room for, and says so.
 
     \b
     gi table results/dlg.jsonl
     gi table results --by attack,threat_letter,defense
     """
-    import pandas as pd
-
     from gi_lib import results
 
     columns = None if by is None else [name.strip() for name in by.split(",")]
-    summary = results.summarise(results.read(path), columns)
-    with pd.option_context("display.width", None, "display.max_columns", None):
-        print(summary.to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.4g}"))
+    frame = results.read(path)
+    columns = results.usual_groups(frame) if columns is None else columns
+    summary = results.summarise(frame, columns)
+    if form == Form.text:
+        for line in _fitting(summary, columns, shutil.get_terminal_size((120, 0)).columns):
+            print(line)
+    elif form == Form.csv:
+        print(summary.to_csv(index=False), end="")
+    elif form == Form.json:
+        print(summary.to_json(orient="records", indent=1, force_ascii=False))
+    else:
+        for line in _markdown(summary):
+            print(line)
+
+
+def _fitting(summary: "pd.DataFrame", by: Sequence[str], width: int) -> Iterator[str]:
+    """Lines of at most `width`: first what all groups share, then a table of what there is room for."""
+    shared = [name for name in by[1:] if summary[name].nunique(dropna=False) == 1]
+    if shared:
+        said = "all: " + ", ".join(f"{name} {_cell(summary[name].iloc[0])}" for name in shared)
+        yield from textwrap.wrap(said, width, subsequent_indent="     ")
+    names = [name for name in by if name not in shared]
+    columns = {name: [_cell(value) for value in summary[name]] for name in names}
+    most = {name: max(map(len, [name, *values])) for name, values in columns.items()}
+    while sum(most.values()) > max(8 * len(names), width - 34) - 2 * len(names):  # the numbers need the rest
+        most[max(most, key=lambda name: most[name])] -= 1
+    columns = {name: [_cut(value, most[name]) for value in values] for name, values in columns.items()}
+    columns["ok"] = [f"{row.ok}/{row.n}" for row in summary.itertuples()]
+    for name, digits in NUMBERS.items():
+        columns[name] = [_cell(value, digits) for value in summary[name]]
+        if name in ("psnr", "above"):
+            bounds = zip(summary[f"{name}_low"], summary[f"{name}_high"], strict=True)
+            columns[f"{name} 95 %"] = [f"{_cell(low, digits)} to {_cell(high, digits)}" for low, high in bounds]
+    widths = {name: max(map(len, [name, *values])) for name, values in columns.items()}
+    shown, room = [*names, "ok"], width - sum(widths[name] + 2 for name in [*names, "ok"])
+    for name in ("identified", "above", "psnr", *(name for name in columns if name not in shown)):
+        if name not in shown and room >= widths[name] + 2:
+            shown.append(name)
+            room -= widths[name] + 2
+    shown = [name for name in columns if name in shown]
+    for row in (shown, *zip(*(columns[name] for name in shown), strict=True)):
+        cells = (
+            value.ljust(widths[name]) if name in names else value.rjust(widths[name])
+            for name, value in zip(shown, row, strict=True)
+        )
+        yield "  ".join(cells).rstrip()
+    if left := [name for name in columns if name not in shown]:
+        said = f"no room for {', '.join(left)}; a wider terminal, fewer columns by --by, or --format csv shows them"
+        yield from textwrap.wrap(said, width)
+
+
+NUMBERS = {
+    "identified": ".0%",
+    "chance": ".1%",
+    "above": "+.1f",
+    "psnr": ".1f",
+    "ssim": ".3f",
+    "lpips": ".3f",
+    "label_accuracy": ".0%",
+    "recall": ".0%",
+    "seconds": ".3g",
+    "steps": ",.0f",
+    "training_steps": ",.0f",
+    "gradient_evaluations": ",.0f",
+    "images": ",.0f",
+}
+"""Columns of a summary as `gi table` prints them."""
+
+
+def _cell(value: object, digits: str = "") -> str:
+    missing = value is None or value != value
+    return "-" if missing else format(value, digits) if digits else str(value)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _markdown(summary: "pd.DataFrame") -> Iterator[str]:
+    yield "| " + " | ".join(summary.columns) + " |"
+    yield "| " + " | ".join("---" for _ in summary.columns) + " |"
+    for row in summary.itertuples(index=False):
+        cells = (_cell(value, ".4g" if isinstance(value, float) else "") for value in row)
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 @app.command()
@@ -693,7 +961,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that has no letter for a name shows a question mark
-    app()
+    try:
+        app()
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read it has enough; Python would complain once more as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

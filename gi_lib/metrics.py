@@ -103,13 +103,14 @@ def ssim(reconstructed: Tensor, truth: Tensor) -> Values:
 
 
 def lpips(
-    reconstructed: Tensor, truth: Tensor, *, root: str | Path | None = None, download: bool = True
+    reconstructed: Tensor, truth: Tensor, *, root: str | Path | None = None, download: bool = False
 ) -> Values | None:
     """Learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924), AlexNet v0.1, [B]. Lower is better.
 
     The network is the `lpips` package's, with the package's own linear weights. AlexNet's weights come from
-    `<root>/weights/lpips/alexnet_features.safetensors`, else from torchvision's download. Grey images are
-    repeated to three channels; images with a side under 32 pixels are enlarged, bilinearly, until it has 32.
+    `<root>/weights/lpips/alexnet_features.safetensors`, else from torchvision's download, where `download` asks for
+    it. Grey images are repeated to three channels; images with a side under 32 pixels are enlarged, bilinearly, until
+    it has 32.
 
     Returns:
         The distances, or None, with one warning in a process, where the package or the weights can't be had.
@@ -166,7 +167,7 @@ def label_accuracy(predicted: Tensor, truth: Tensor) -> float:
 
 
 def evaluate(
-    reconstruction: Reconstruction, batch: Batch, *, root: str | Path | None = None, download: bool = True
+    reconstruction: Reconstruction, batch: Batch, *, root: str | Path | None = None, download: bool = False
 ) -> Scores:
     """Score a reconstruction against the true batch.
 

@@ -1,5 +1,9 @@
 """The `gi` command: what it prints, what it writes, and how it ends."""
 
+import csv
+import io
+import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -7,7 +11,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import gi_lib
@@ -40,7 +46,8 @@ def test_help_is_a_manual_page(gi):
     page = gi("--help").output
     for word in ("gi attack dlg", "gi run experiments", "GI_DATA", "Exit codes", "table", "gi check", "score", "list"):
         assert word in page
-    for command in ("attack", "run", "check", "table", "score", "list"):
+    assert "gi audit mymodule:net --update round.safetensors" in page
+    for command in ("attack", "audit", "run", "check", "table", "score", "list"):
         done = gi(command, "--help")
         assert done.exit_code == 0
         assert len(done.output.splitlines()) > 5
@@ -97,7 +104,7 @@ def test_settings_follow_a_colon():
     assert from_spec("dp_sgd:expected_batch=None", DEFENSES, "defense") == DEFENSES["dp_sgd"]()
     for spec, message in [
         ("dlgg", "did you mean 'dlg'"),
-        ("dlg:lr", "settings are written field=value"),
+        ("dlg:lr", "settings are written field=value, such as tv=.1, got 'lr'"),
         ("dlg:rate=1", "no setting of dlg is called 'rate'"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -139,6 +146,17 @@ def test_a_warning_is_one_line(gi):
         (["score", "nothing.jsonl"], "no records at nothing.jsonl"),
         (["check", "missing.py"], "there is no study at missing.py"),
         (["check", "tiny.py"], "no records at results/tiny.jsonl"),
+        (["attack", "dlg", "--set", "lr"], "settings are written field=value, such as tv=.1"),
+        (["attack", "dlg", "--set", "rate=1"], "no setting of dlg is called 'rate'"),
+        (["attack", "dlg", "--split", "val"], "no split is called 'val'"),
+        (["attack", "dlg", "--images", "nowhere"], "there is no image and no folder at nowhere"),
+        (["attack", "dlg", "--images", "tiny.py"], "tiny.py can't be decoded"),
+        (["audit", "nowhere:net"], "there is no net in a module nowhere"),
+        (["audit", "mlp", "--update", "nothing.safetensors", "--size", "8"], "is not a readable safetensors file"),
+        (["audit", "mlp", "--weights", "tiny.py", "--size", "8"], "tiny.py does not hold the state of this model"),
+        (["audit", "mlp", "--budget", "1e-9", "--size", "8"], "is too small for any search"),
+        (["audit", "mlp", "--labels", "x", "--size", "8"], "--labels 'x' is not a list of whole numbers"),
+        (["audit", "mlp", "--images", "nowhere", "--size", "8"], "there is no image and no folder at nowhere"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_2(gi, arguments, message):
@@ -162,7 +180,7 @@ def test_run_table_score(gi, monkeypatch):
     left = gi("score")
     assert left.exit_code == 1
     assert "0 filled in, 3 still missing" in left.output
-    monkeypatch.setattr(metrics, "lpips", lambda a, b, root=None: metrics.mse(a, b))
+    monkeypatch.setattr(metrics, "lpips", lambda a, b, root=None, download=False: metrics.mse(a, b))
     assert "3 filled in, 0 still missing" in gi("score", "results/tiny.jsonl").output
 
 
@@ -441,3 +459,173 @@ def test_models_and_attacks_lie_beside_the_study_or_where_the_command_is_given(t
     ):
         done = subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+def colours(path, *rgb):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", (20, 12), rgb)
+    image.paste((255, 255, 255), (12, 0, 20, 12))
+    image.save(path)
+
+
+def test_attack_on_images_of_ones_own(gi):
+    colours(Path("mine/cats/a.png"), 200, 30, 10)
+    colours(Path("mine/dogs/b.png"), 10, 30, 200)
+    folder = gi("attack", "bias_ratio", "--model", "mlp", "--images", "mine", "--size", 8, "--indices", "1", "--json")
+    assert folder.exit_code == 0, folder.output
+    record = json.loads(folder.stdout)
+    assert record["dataset"] == "folder:mine" and record["psnr"][0] > 60 and record["label_accuracy"] == 1
+    with Image.open("attack.png") as picture:
+        assert picture.getpixel((5, 5)) == (10, 30, 200) == picture.getpixel((5, 133))
+    single = gi("attack", "robbing_the_fed", "--model", "mlp", "--images", "mine/cats/a.png", "--size", 8)
+    assert single.exit_code == 0 and "recovered 100%" in single.output
+
+
+def test_attack_takes_any_setting_and_a_split(gi):
+    done = gi("attack", "inverting_gradients", "--set", "tv=.1", "--set", "steps=2", "--split", "train", "--json")
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert record["attack_text"] == "InvertingGradients(steps=2, tv=0.1)" and record["split"] == "train"
+    assert Path(record["picture"]).exists()
+
+
+def test_attack_asks_nobody_for_lpips(tmp_path, monkeypatch):
+    """Weights that are not in the data root are missing, not downloaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(metrics, "_downloaded_alexnet", lambda: pytest.fail("it was downloaded"))
+    done = CliRunner().invoke(app, ["attack", "bias_ratio", "--model", "mlp", "--root", str(tmp_path)])
+    assert done.exit_code == 0 and "LPIPS missing" in done.stdout
+
+
+@pytest.fixture
+def records(gi):
+    gi("run", "tiny.py")
+    return gi
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120, 300])
+def test_a_table_fits_the_terminal(records, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = records("table").stdout.splitlines()
+    assert max(map(len, lines)) <= columns
+    head = next(line.split() for line in lines if line.startswith("attack"))
+    assert {"attack", "ok", "identified"} <= set(head) and lines[0].startswith("all: model lenet, weights -")
+    missing = [line for line in lines if line.startswith("no room for")]
+    assert bool(missing) == (columns < 300)
+
+
+def test_a_table_as_csv_json_and_markdown_has_every_column(records):
+    rows = list(csv.DictReader(io.StringIO(records("table", "--format", "csv").stdout)))
+    assert rows[0]["attack"] == "inverting_gradients" and rows[0]["n"] == "3" and "psnr_low" in rows[0]
+    [row] = json.loads(records("table", "--format", "json").stdout)
+    assert row["n"] == 3 and row["psnr"] == pytest.approx(float(rows[0]["psnr"])) and row["lpips"] is None
+    lines = records("table", "--format", "md").stdout.splitlines()
+    assert len(lines) == 3 and all(line.startswith("| ") and line.count("|") == lines[0].count("|") for line in lines)
+    assert records("table", "--format", "xml").exit_code == 2
+
+
+def test_what_all_groups_share_is_said_once(records):
+    Path("tiny.py").write_text(STUDY.replace("steps=2", "steps=3"))
+    records("run", "tiny.py")
+    first, head, *rest = records("table").stdout.splitlines()
+    assert first.startswith("all: model lenet, weights -") and head.split()[:2] == ["attack", "attack_text"]
+    assert len([line for line in rest if "InvertingGradients(steps=" in line]) == 2
+
+
+def test_own_studies_do_not_land_among_the_surveys(gi, tmp_path, monkeypatch):
+    checkout = tmp_path / "checkout"
+    for name in ("gi_lib/cli.py", "experiments/ours.py"):
+        (checkout / name).parent.mkdir(parents=True)
+        (checkout / name).write_text(STUDY.replace("range(3)", "(0,)"))
+    (checkout / "mine.py").write_text(STUDY.replace("range(3)", "(0,)"))
+    monkeypatch.chdir(checkout)
+    assert "records: own_results/mine.jsonl" in gi("run", "mine.py").stdout
+    assert "records: results/ours.jsonl" in gi("run", "experiments/ours.py").stdout
+    assert gi("check", "mine.py", "--sample", 0).exit_code == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert "records: results/mine.jsonl" in gi("run", checkout / "mine.py").stdout
+    assert f"records: {checkout / 'results'}/ours.jsonl" in gi("run", checkout / "experiments/ours.py").stdout
+    assert (elsewhere / "results/mine.jsonl").exists()
+
+
+def command(*arguments, **environment):
+    code = "import sys; from gi_lib.cli import main; sys.argv = ['gi', *sys.argv[1:]]; main()"
+    path = os.pathsep.join(sys.path)
+    return [sys.executable, "-c", code, *arguments], {"PATH": "", "PYTHONPATH": path, "COLUMNS": "100", **environment}
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("table", "tiny.jsonl"), ("--help",)])
+def test_a_reader_who_has_enough_is_not_complained_to(records, arguments):
+    Path("tiny.jsonl").write_bytes(Path("results/tiny.jsonl").read_bytes())
+    line, environment = command(*arguments)
+    running = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running.stdout.close()  # before it has written anything
+    assert running.stderr.read() == b""
+    assert running.wait() != 2
+
+
+def test_files_are_read_as_utf8_under_any_locale(gi):
+    Path("studies").mkdir()
+    Path("studies/umlaut.py").write_text(f"# H\u00e4ggstr\u00f6m\n{STUDY}", encoding="utf-8")
+    line, environment = command("run", "studies", "--plan", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = subprocess.run(line, env=environment, capture_output=True)
+    assert done.returncode == 0 and b"0 of 3 cases are done" in done.stdout, done.stderr
+
+
+MINE = """
+from torch import nn
+def net(num_classes, image_shape):
+    c, h, w = image_shape
+    return nn.Sequential(nn.Flatten(), nn.Linear(c * h * w, 16), nn.ReLU(), nn.Linear(16, num_classes))
+"""
+
+
+@pytest.fixture
+def mine(gi, tmp_path, monkeypatch):
+    Path("mymodule.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mymodule", raising=False)
+    return gi
+
+
+def test_audit_of_a_recorded_update_writes_a_report(mine):
+    from mymodule import net
+
+    torch.manual_seed(5)
+    model = net(4, (3, 8, 8))
+    loss = torch.nn.functional.cross_entropy(model(torch.rand(1, 3, 8, 8)), torch.tensor([2]))
+    gradient = torch.autograd.grad(loss, list(model.parameters()))
+    save_file(model.state_dict(), "before.safetensors")
+    save_file(dict(zip(model.state_dict(), gradient, strict=True)), "round.safetensors")
+    more = ("--weights", "before.safetensors", "--classes", 4, "--size", 8, "--steps", 2, "--out", "report.html")
+    done = mine("audit", "mymodule:net", "--update", "round.safetensors", *more)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("mymodule:net: Exposed: images come back from the update; labels leak;")
+    assert "certain: the gradient of what came back is the recorded update." in " ".join(done.stdout.split())
+    assert done.stdout.endswith("report: report.html, numbers: report.json\n")
+    found = json.loads(Path("report.json").read_text(encoding="utf-8"))["findings"]
+    assert [f["numbers"]["proven"] for f in found if f["numbers"]["kind"] == "labels"] == [[2]]
+    assert "<h1>Is mymodule:net exposed?</h1>" in Path("report.html").read_text(encoding="utf-8")
+
+
+def test_audit_on_images_of_ones_own_and_of_a_model_with_its_own_classes(mine):
+    for i in range(3):
+        colours(Path(f"photos/{i}.png"), 60 * i, 90, 20)
+    Path("mymodule.py").write_text(MINE.replace("16, num_classes", "16, 6"))
+    settings = ("--images", "photos", "--size", 8, "--steps", 1, "--clients", 1, "--defense", "gaussian_noise:std=0")
+    done = mine("audit", "mymodule:net", *settings)
+    assert done.exit_code == 0, done.output
+    written = json.loads(Path("audit.json").read_text(encoding="utf-8"))
+    facts = written["facts"]
+    assert written["made"]["simulated on"] == "3 images of your own"
+    assert {f["numbers"]["chance"] for f in written["findings"] if f["numbers"]["kind"] == "images"} == {1 / 31}
+    assert facts["images"] == "3 x 8 x 8, 6 classes" and facts["defense"] == "GaussianNoise(std=0)"
+
+
+def test_an_audit_that_can_not_run_says_so_in_its_report(gi):
+    done = gi("audit", "nowhere:net", "--out", "report.html")
+    assert done.exit_code == 2
+    assert "there is no net in a module nowhere" in Path("report.html").read_text(encoding="utf-8")
+    assert "there is no net" in json.loads(Path("report.json").read_text(encoding="utf-8"))["error"]

@@ -715,3 +715,25 @@ def test_real_imagenet(real_root):
     with open(real_root / "imagenet" / "labels.csv", newline="") as table:
         names = [row["name"] for row in csv.DictReader(table)]
     assert names == [imagenet.class_names[label] for label in imagenet.labels]
+
+
+# Images of one's own
+
+
+def test_a_folder_an_image_and_class_folders_of_ones_own(tmp_path):
+    for name, value in (("cats/b.png", 10), ("cats/a.jpg", 20), ("dogs/c.png", 30)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((12, 20, 3), value, np.uint8)).save(tmp_path / name)
+    whole = data.load(f"folder:{tmp_path}", size=8)
+    assert (whole.num_classes, whole.class_names, whole.image_shape) == (2, ("cats", "dogs"), (3, 8, 8))
+    batch = whole.batch(range(3))
+    assert batch.labels.tolist() == [0, 0, 1]
+    assert (batch.images * 255).round()[:, 0, 0, 0].tolist() == [20, 10, 30]
+    flat = data.load(f"folder:{tmp_path / 'cats'}")
+    assert (len(flat), flat.num_classes, flat.image_shape) == (2, 10, (3, 32, 32))
+    single = data.load(f"folder:{tmp_path / 'dogs' / 'c.png'}", size=8, split="train")
+    assert single.batch([0]).labels.tolist() == [0] and single.origin == "folder"
+    (tmp_path / "empty").mkdir()
+    for path, message in (("empty", "has no images, and no folder a class"), ("none", "no image and no folder at")):
+        with pytest.raises(data.DataError, match=message):
+            data.load(f"folder:{tmp_path / path}")

@@ -416,8 +416,8 @@ def missing(root, **kwargs):
 
 
 def test_lpips_without_weights_or_download(tmp_path):
-    assert f"there is no {tmp_path / metrics.ALEXNET_FEATURES}" in missing(tmp_path, download=False)
-    scores = metrics.evaluate(reconstruction(pair()[0]), batch(pair()[1]), root=tmp_path, download=False)
+    assert f"there is no {tmp_path / metrics.ALEXNET_FEATURES}" in missing(tmp_path)
+    scores = metrics.evaluate(reconstruction(pair()[0]), batch(pair()[1]), root=tmp_path)
     assert scores.lpips is None
     assert "LPIPS missing" in str(scores)
 
@@ -474,7 +474,7 @@ def test_lpips_whose_download_fails_is_asked_for_once(tmp_path, monkeypatch, fai
         raise failure
 
     monkeypatch.setattr(torchvision.models.AlexNet_Weights, "get_state_dict", fetch)
-    assert "could not be downloaded" in missing(tmp_path)
+    assert "could not be downloaded" in missing(tmp_path, download=True)
     assert len(calls) == 1
     assert calls[0]["weights_only"]
 
@@ -482,7 +482,7 @@ def test_lpips_whose_download_fails_is_asked_for_once(tmp_path, monkeypatch, fai
 def test_lpips_by_download_equals_lpips_from_the_data_root(tmp_path, random_root, features, monkeypatch):
     whole = features | {"classifier.6.bias": torch.zeros(1000)}
     monkeypatch.setattr(torchvision.models.AlexNet_Weights, "get_state_dict", lambda self, **kwargs: whole)
-    values = metrics.lpips(*pair(), root=tmp_path)
+    values = metrics.lpips(*pair(), root=tmp_path, download=True)
     assert torch.equal(values, metrics.lpips(*pair(), root=random_root))
     assert list(Path(tmp_path).iterdir()) == []
 

@@ -281,7 +281,7 @@ def score(out: Path, root: Path | None = None) -> tuple[int, int]:
         truth, images = results.read_picture(results.picture_path(out, row["key"]), row["batch_size"])
         if truth.shape[1] not in (1, 3):
             continue
-        values = metrics.lpips(images, truth, root=root)
+        values = metrics.lpips(images, truth, root=root, download=True)
         if values is None:
             break
         missed = [value is None for value in row["psnr"] or ()]

@@ -30,7 +30,7 @@ class Case:
     Args:
         attack: a frozen dataclass such as DLG(restarts=8).
         model: a key of models.MODELS, or another's name as `models.build` takes it.
-        dataset: a key of data.DATASETS.
+        dataset: a key of data.DATASETS, or folder:PATH for images of one's own.
         indices: the images of the batch, by their index in the split; of all clients, one after another.
         seed: of the model, the attack and the clients.
         weights: a key of models.WEIGHTS, "trained" for what training.RECIPES makes of the model on the dataset,
@@ -42,7 +42,7 @@ class Case:
         clients: among how many clients the batch is shared out evenly; the attacker sees their mean.
         rounds: how many rounds on the same data the attacker sees; between two the server moves the model by
             `client.lr` times the update. The last one is attacked.
-        auxiliary: a key of data.DATASETS, whose train split is the attacker's own.
+        auxiliary: such a name, whose train split is the attacker's own.
         double: whether clients and attacker compute in float64.
         profile: a key of PROFILES; it is written down, and changes nothing else of the case.
         stage: where several studies are run as one queue, all of a stage run before any of the next.
@@ -74,13 +74,10 @@ class Case:
         if not callable(self.attack) or isinstance(self.attack, type):
             raise ValueError(f"a case needs an attack with its settings, such as DLG(), got {self.attack!r}")
         models.check_name(self.model)
-        for name, known, kind in (
-            (self.dataset, data.DATASETS, "dataset"),
-            (self.auxiliary or self.dataset, data.DATASETS, "dataset"),
-            (self.profile, PROFILES, "profile"),
-        ):
-            if not isinstance(name, str) or name not in known:
-                raise ValueError(nearest(name, known, kind))
+        data.check_name(self.dataset)
+        data.check_name(self.auxiliary or self.dataset)
+        if not isinstance(self.profile, str) or self.profile not in PROFILES:
+            raise ValueError(nearest(self.profile, PROFILES, "profile"))
         if self.weights is not None:
             _check_weights(self)
         whole(self, "seed", least=0)

@@ -4,6 +4,7 @@ A dataset is looked for in the data root (see `root`): first as a pack `<name>/{
 arrays `images` (uint8 [N, H, W, C]), `labels` (int64 [N]) and, if it has them, `classes` (K names), and
 imagenet as `imagenet/images` with `imagenet/labels.csv`; then in torchvision's own layout; then torchvision
 downloads it there. `digits` and `photos` are embedded and need no data root. `DATASETS` says what there is.
+`folder:PATH` is an image file or a folder of one's own, with a folder a class as torchvision's ImageFolder has it.
 """
 
 import functools
@@ -19,16 +20,20 @@ import torch
 
 from gi_lib.data.embedded import digits, photos
 from gi_lib.data.images import ImageFiles, resize
-from gi_lib.data.sources import Found, read_celeba, read_imagenet, read_pack, read_torchvision
+from gi_lib.data.sources import Found, read_celeba, read_folder, read_imagenet, read_pack, read_torchvision
 from gi_lib.data.specs import DATASETS, NAMES, DataError, Spec
 from gi_lib.types import Batch, nearest
 
-__all__ = ["DATASETS", "NAMES", "DataError", "Dataset", "Spec", "Surrogate", "load", "root"]
+__all__ = ["DATASETS", "NAMES", "DataError", "Dataset", "Spec", "Surrogate", "check_name", "load", "root"]
 
 Indices = Sequence[int] | np.ndarray | torch.Tensor
 
 SPLITS = ("test", "train")
 SMALLEST, LARGEST, LARGEST_PHOTO = 4, 1024, 224  # sizes in pixels
+FOLDER, FOLDER_SIZE = "folder:", 32
+"""What the name of one's own images begins with, and their side in pixels unless another is asked for."""
+UNKNOWN_CLASSES = 10
+"""Classes of a model for images of which nobody has said a class."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +46,7 @@ class Dataset:
         labels: int64 [N].
         num_classes: K.
         mean, std: of each channel, in units of [0, 1], as `models.build` takes them.
-        origin: "embedded", "data root pack" or "torchvision".
+        origin: "embedded", "data root pack", "torchvision" or "folder".
         class_names: K names, or None.
     """
 
@@ -169,7 +174,7 @@ def load(
     """Load one split of a dataset.
 
     Args:
-        name: one of NAMES.
+        name: one of NAMES, or folder:PATH, which has one split: both names mean it.
         split: "test" (what is attacked) or "train" (what priors and checkpoints are trained on).
         size: makes every image a square of this side: the shorter side is resized to it, the centre cut out.
             None leaves the dataset's own shape, `DATASETS[name].image_shape`.
@@ -181,12 +186,13 @@ def load(
         FileNotFoundError: the data root is no folder.
         DataError: the data is missing or damaged, or its download failed.
     """
-    if not isinstance(name, str) or name not in DATASETS:
-        raise ValueError(nearest(name, DATASETS, "dataset"))
+    check_name(name)
     if not isinstance(split, str) or split not in SPLITS:
         raise ValueError(f"no split is called {split!r}; choose 'test' (the default) or 'train'")
     if size is not None:
         size = _checked_size(name, size)
+    if name.startswith(FOLDER):
+        return _of_folder(name, split, size or FOLDER_SIZE)
     spec = DATASETS[name]
     found = _find(name, split, size or spec.image_shape[1], root, download)
     images = found.images
@@ -202,6 +208,29 @@ def load(
         std=spec.std,
         origin=found.origin,
         class_names=spec.class_names or found.class_names,
+    )
+
+
+def check_name(name: object) -> None:
+    """ValueError unless `load` knows the name; a folder is looked at when it is loaded."""
+    if not isinstance(name, str) or not (name in DATASETS or name.startswith(FOLDER)):
+        raise ValueError(nearest(name, DATASETS, "dataset"))  # type: ignore[arg-type]
+
+
+def _of_folder(name: str, split: str, size: int) -> Dataset:
+    """Colour images that are not normalised. Without class folders all have the label 0 of UNKNOWN_CLASSES."""
+    found = read_folder(Path(name.removeprefix(FOLDER)).expanduser(), size)
+    classes = len(found.class_names or ())
+    return Dataset(
+        name=name,
+        split=split,
+        images=found.images,
+        labels=found.labels,
+        num_classes=classes if classes > 1 else UNKNOWN_CLASSES,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        origin=found.origin,
+        class_names=found.class_names if classes > 1 else None,
     )
 
 

@@ -28,7 +28,7 @@ class Found(NamedTuple):
 
     images: np.ndarray | ImageFiles
     labels: np.ndarray
-    origin: Literal["embedded", "data root pack", "torchvision"]
+    origin: Literal["embedded", "data root pack", "torchvision", "folder"]
     class_names: tuple[str, ...] | None = None
 
 
@@ -45,6 +45,32 @@ def read_pack(path: Path, spec: Spec) -> Found:
         ) from error
     _check(images, labels, names, spec, path)
     return Found(images, labels, "data root pack", names)
+
+
+def read_folder(path: Path, size: int) -> Found:
+    """One image file, a folder of them, or a folder with a folder a class as torchvision's ImageFolder takes it."""
+    from torchvision.datasets import folder  # slow to import, and only needed here
+
+    if path.is_file():
+        paths, labels, names = [path], [0], None
+    elif path.is_dir():
+        kinds = folder.IMG_EXTENSIONS
+        own = sorted(file for file in path.iterdir() if file.suffix.lower() in kinds and file.is_file())
+        if own:
+            paths, labels, names = own, [0] * len(own), None
+        else:
+            try:
+                classes, numbers = folder.find_classes(str(path))
+                found = folder.make_dataset(str(path), numbers, extensions=kinds)
+            except FileNotFoundError as error:
+                raise DataError(
+                    f"{path} has no images, and no folder a class with images ({error}); put them there as"
+                    f" {', '.join(kinds[:3])}, or name another folder"
+                ) from error
+            paths, labels, names = [Path(file) for file, _ in found], [label for _, label in found], tuple(classes)
+    else:
+        raise DataError(f"there is no image and no folder at {path}; correct the path")
+    return Found(ImageFiles(tuple(paths), size), np.asarray(labels, dtype=np.int64), "folder", names)
 
 
 def read_torchvision(name: str, split: str, where: Path, download: bool) -> Found:

@@ -152,6 +152,21 @@ def pretrained(name: str, *, root: Path) -> Classifier:
     return model
 
 
+def load_state(model: Classifier, path: Path) -> None:
+    """Put the state of a safetensors file into a classifier's network.
+
+    Raises:
+        ValueError: the file is damaged, or holds another network's state.
+    """
+    try:
+        model.net.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} does not hold the state of this model ({error}); save it by safetensors.torch.save_file("
+            "model.state_dict(), ...), and build the model for as many classes and as large images"
+        ) from error
+
+
 def uniform_half(layer: nn.Conv2d | nn.Linear, rng: torch.Generator) -> None:
     """Weights and biases uniform in [-0.5, 0.5] (DLG's public code)."""
     for p in layer.parameters():

@@ -1,0 +1,220 @@
+"""An audit: what it finds where the answer is known, what it refuses, and what it writes."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gi_lib import Batch, Client, data, models
+from gi_lib.attacks import BiasRatio, GradInversion, RobbingTheFed
+from gi_lib.audit import ANSWERS, Audit, Finding, audit, failed_page, granted, write
+from gi_lib.audit.facts import public_images, rank
+from gi_lib.defenses import DPSGD, GaussianNoise
+
+SHAPE = (3, 8, 8)
+
+
+def own(first="conv", seed=0):
+    """A network that the project does not have; with the profile of a first layer."""
+    front = {
+        "conv": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(512, 5)),
+        "dense": lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 5)),
+        "few": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 5)),
+        "norm": lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
+        ),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return models.wrap(front[first](), num_classes=5)
+
+
+def asked(report):
+    return {finding.question.partition("?")[0]: finding for finding in report.findings}
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return audit(own("dense"), SHAPE, name="mine", steps=3)
+
+
+def test_a_dense_first_layer_is_exposed_by_its_closed_form(dense):
+    found = asked(dense)["Does a formula give the images"]
+    assert found.answer == "leaks" and found.numbers["recovered"] == found.numbers["images"] == 2
+    assert found.numbers["chance"] == 1 / 28 and min(found.numbers["above_floor"]) > 60
+    assert dense.headline.startswith("Exposed: images come back")
+    assert ("first layer", "Linear, with bias") in [fact[:2] for fact in dense.facts]
+    assert len(found.pictures) == 2 and found.pictures[0][0].startswith("simulated client 1: private above, rebuilt")
+
+
+def test_labels_counts_and_a_malicious_server(dense):
+    found = asked(dense)
+    labels = found["Which classes are in the batch"]
+    assert (labels.answer, labels.numbers["found"]) == ("leaks", 2) and 0 < labels.numbers["chance"] < 0.5
+    count = found["Does the update determine the images"]
+    assert (count.answer, count.numbers["rank"]) == ("determined nearby", 192)
+    planted = found["What does a server get that changes the model"]
+    assert planted.answer == "leaks" and "(G)" in planted.attacker
+    assert "a server that changes the model gets images" in dense.headline
+
+
+def test_a_recorded_update_is_certified_without_its_images(tmp_path):
+    model = own("dense")
+    private = Batch(torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(1)), torch.tensor([3]))
+    sent = Client()(model, private.images, private.labels)
+    save_file({name: g.detach() for name, g in sent.items()}, tmp_path / "round.safetensors")
+    report = audit(model, SHAPE, update=tmp_path / "round.safetensors", steps=3)
+    found = asked(report)
+    assert found["Does a formula give the images"].sure.startswith("certain")
+    labels = found["Which classes are in the batch"]
+    assert labels.numbers["proven"] == [3] and labels.sure.startswith("certain")
+    assert "recorded update: the search ended at a matching loss" in found["Does a search find the images"].evidence
+    assert [caption for caption, _ in found["Does a formula give the images"].pictures][0] == "recorded update: rebuilt"
+
+
+def test_what_does_not_apply_is_said_and_nothing_is_called_safe():
+    report = audit(own("conv"), SHAPE, steps=2, clients=1)
+    untried = dict(report.untried)
+    assert "this model begins with Conv2d" in untried["closed form (bias ratio)"]
+    assert "learned inversion" in untried
+    searches = [f for f in report.findings if f.question.startswith("Does a search")]
+    assert ["iDLG" in f.question for f in searches] == [True, False]  # it is smooth
+    assert all(f.answer != "not found" or f.sure.startswith("not established") for f in searches)
+    assert "safe" not in report.page()
+
+
+def test_fewer_equations_than_pixels_are_said():
+    report = audit(own("few"), SHAPE, steps=2, clients=1)
+    count = asked(report)["Does the update determine the images"]
+    assert (count.answer, count.numbers["equations"], count.numbers["unknowns"]) == ("too few", 65, 192)
+    assert "counted: a prior must supply" in count.sure
+
+
+def test_batch_norm_brings_its_attack_and_its_mode_is_told():
+    report = audit(own("norm").train(), SHAPE, steps=2, clients=1, batch_size=2)
+    facts = {what: value for what, value, _ in report.facts}
+    assert facts["batch norm"] == "1 layers, 1 in train mode" and facts["batch"] == "2 images"
+    told = [f.attacker for f in report.findings if "GradInversion" in f.question]
+    assert told == ["an attacker with the update, the model, the batch size and the batch's batch-norm statistics (E)"]
+
+
+def test_local_steps_are_a_training_detail():
+    report = audit(own("dense"), SHAPE, steps=2, clients=1, client=Client(steps=2, lr=0.1))
+    formula = asked(report)["Does a formula give the images"]
+    assert formula.answer == "leaks" and formula.attacker.endswith("the client's training details (C)")
+    assert "rank of the equations" in dict(report.untried)
+
+
+def test_a_defense_is_of_the_clients_and_nobody_is_told():
+    report = audit(own("dense"), SHAPE, steps=2, defense=DPSGD(clip=0.01, noise=5.0))
+    assert asked(report)["Does a formula give the images"].answer == "not found"
+    slight = audit(own("dense"), SHAPE, steps=2, defense=GaussianNoise(1e-9))
+    assert asked(slight)["Does a formula give the images"].answer == "leaks"
+
+
+def test_attacks_see_no_truth(monkeypatch):
+    """Whatever the private images are, what attacks are given is an Observation without them."""
+    seen = []
+    call = BiasRatio.__call__
+    monkeypatch.setattr(BiasRatio, "__call__", lambda self, obs, rng: seen.append(obs) or call(self, obs, rng))
+    audit(own("dense"), SHAPE, steps=1)
+    held = [v for obs in seen for v in vars(obs).values() if isinstance(v, Batch)]
+    assert len(seen) == 2 and held == [] and all(obs.labels is None and obs.auxiliary is None for obs in seen)
+
+
+def test_the_same_audit_gives_the_same_numbers(dense):
+    again = audit(own("dense"), SHAPE, name="mine", steps=3)
+    numbers = [[{**f.numbers, "spent": None} for f in report.findings] for report in (dense, again)]
+    assert numbers[0] == numbers[1]
+
+
+def test_the_least_budget_is_said_and_a_budget_is_kept_to():
+    with pytest.raises(ValueError, match=r"a budget of 1e-06 s is too small for any search: .* give at least \d+ s"):
+        audit(own("conv"), SHAPE, budget=1e-6)
+    report = audit(own("conv"), SHAPE, budget=4.0, clients=1)
+    assert any("steps on each update" in f.numbers.get("spent", "") for f in report.findings)
+    assert float(report.made["time"].split()[0]) < 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 0}, "a budget in seconds, a finite number > 0"),
+        ({"clients": 0}, "clients, a whole number >= 1"),
+        ({"batch_size": 29}, "a batch of 29 needs as many images, and there are 28"),
+        ({"update": {"net.0.weight": torch.zeros(2)}}, "the update does not fit the model: missing"),
+        ({"update": "nowhere.safetensors"}, "nowhere.safetensors is not a readable safetensors file"),
+    ],
+)
+def test_bad_input_is_a_sentence(settings, message):
+    with pytest.raises(ValueError, match=message):
+        audit(own("conv"), SHAPE, steps=1, **settings)
+
+
+def test_channels_without_public_images_need_an_update():
+    model = models.wrap(nn.Sequential(nn.Flatten(), nn.Linear(128, 5)), num_classes=5)
+    with pytest.raises(ValueError, match="no images of 2 channels are embedded; give a recorded"):
+        audit(model, (2, 8, 8), steps=1)
+    x = torch.rand(1, 2, 8, 8)
+    report = audit(model, (2, 8, 8), steps=1, update=Client()(model, x, torch.tensor([1])))
+    assert asked(report)["Does a formula give the images"].sure.startswith("certain")
+    assert "simulated clients" in dict(report.untried)
+
+
+def test_rank_against_the_whole_jacobian():
+    model, batch = own("few"), Batch(torch.rand(1, *SHAPE), torch.tensor([1]))
+
+    def g(x):
+        parameters = [p.double() for p in model.parameters()]
+        loss = nn.functional.cross_entropy(
+            nn.functional.linear(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1), *parameters), batch.labels
+        )
+        return torch.cat([v.flatten() for v in torch.autograd.grad(loss, parameters, create_graph=True)])
+
+    jacobian = torch.autograd.functional.jacobian(g, batch.images.double()).reshape(65, -1)
+    assert rank(model, batch, seconds=60) == torch.linalg.matrix_rank(jacobian) == 12
+    assert rank(own("conv"), batch, seconds=0) is None
+
+
+def test_public_images_take_any_shape():
+    assert public_images((1, 9, 14)).images.shape == (28, 1, 9, 14)
+    assert public_images((2, 8, 8)) is None
+    test, train = public_images(SHAPE), public_images(SHAPE, split="train")
+    assert test.hash != train.hash and test.images.equal(data.load("photos", size=8).batch(range(28)).images)
+
+
+def test_the_least_threat_model():
+    assert granted(BiasRatio()).letter == "A" and granted(BiasRatio(), details=True).letter == "C"
+    assert granted(RobbingTheFed()).letter == "G" and granted(GradInversion()).letter == "E"
+
+
+def page_of(answer):
+    finding = Finding(
+        "Q <b>?", answer, "sure", "evidence", "A", {"kind": "images"}, (("a 'quoted' caption", "data:x"),)
+    )
+    return Audit("my<net>", (("what", "value", "means"),), (finding,), (("x", "why"),), ("care & more",), {"seed": "0"})
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_page_asks_nobody_and_escapes_what_it_is_given(answer):
+    page = page_of(answer).page()
+    assert not re.findall(r"(?:src|href)=['\"](?!data:)", page) and "url(" not in page and "<script" not in page
+    assert "my&lt;net&gt;" in page and "Q &lt;b&gt;?" in page and "a &#x27;quoted&#x27; caption" in page
+    assert "care &amp; more" in page
+    assert page.startswith("<!doctype html>") and 'name="viewport"' in page and "color-scheme" in page
+    assert page.count("<h1>") == 1 and "<h1" not in page_of(answer)._repr_html_()
+
+
+def test_a_report_is_written_whole_or_not_at_all(tmp_path):
+    report = page_of("leaks")
+    beside = write(tmp_path / "deep" / "r.html", report.page(), report.as_dict())
+    assert json.loads(beside.read_text(encoding="utf-8"))["headline"].startswith("Exposed")
+    before = (tmp_path / "deep" / "r.html").read_bytes()
+    with pytest.raises(TypeError):
+        write(tmp_path / "deep" / "r.html", "other", {"not for JSON": object()})
+    assert (tmp_path / "deep" / "r.html").read_bytes() == before
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["r.html", "r.json"]
+    assert "The audit did not run." in failed_page("net", "because")
