@@ -30,7 +30,7 @@ ABOVE = {  # module -> the modules of gi_lib that it may import
 }
 ABOVE["attacks"] = (TOOLS - {"data", "checkpoints"}) | {"types", "labels", "optimise", "search", "attacks"}
 ABOVE["bench"] = ABOVE.keys() | {"bench"}
-ABOVE["pages"] = {"types", "results", "provenance"}
+ABOVE["pages"] = {"types", "metrics", "results", "provenance"}
 ABOVE["plots"] = {"types", "results", "pages", "bench"}
 ABOVE["__init__"] = {"types", "federated", "metrics"}
 ABOVE["cli"] = ABOVE.keys() - {"__init__"} | {"gi_lib"}
