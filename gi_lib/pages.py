@@ -73,7 +73,7 @@ def slider(
     alt: str = "The reconstruction",
     shown: int = 160,
 ) -> Html:
-    """Snapshots of a reconstruction behind an <input type="range"> that also plays; without JavaScript the last is seen.
+    """Snapshots of a reconstruction behind an <input type="range"> that plays; without JavaScript the last is seen.
 
     Args:
         frames: [F, B, C, H, W] in [0, 1], as `Reconstruction.frames`.
@@ -133,7 +133,7 @@ def verdict(truth: Images, reconstruction: Images, candidates: Images | None = N
 
     Args:
         truth, reconstruction: [B, C, H, W] in the same order.
-        candidates: [N, C, H, W], as large and with the truth among them; without them nothing is said of identification.
+        candidates: [N, C, H, W], as large and with the truth among them; without them identification is left out.
     """
     if not reconstruction.isfinite().all():
         return ["pixels that are no numbers"]

@@ -367,7 +367,9 @@ def _found(row: Mapping) -> str:
     """Images identified of those that came back or were missed, and how many chance would give."""
     if np.isnan(row["identified"]):
         return ""
-    return f"{round(row['identified'] * row['images'])} of {row['images']}\n(chance {row['chance'] * row['images']:.2g})"
+    return (
+        f"{round(row['identified'] * row['images'])} of {row['images']}\n(chance {row['chance'] * row['images']:.2g})"
+    )
 
 
 def _likeness(row: Mapping) -> str:

@@ -55,8 +55,8 @@ def test_slider_matches_each_frame_and_says_what_it_is_worth():
     scores = json.loads(re.search(r"scores = (\[.*?\]),", page)[1])
     assert "not identified" in scores[0] and scores[1].count("150.0 dB") == 2
     assert scores[2] == "pixels that are no numbers"
-    assert scores[1].endswith("+140.7 from its floor, identified among 2")
-    assert "private; floor 150.0, 9.3 dB" in page
+    assert scores[1].endswith("+141.4 from its floor, identified among 2")
+    assert "private; floor 150.0, 8.6 dB" in page
     sources = re.findall(r"data:image/png;base64,[\w+/=]+", page[page.index("sources = [") :])
     assert sources[1] == png(truth)  # the second frame was flipped
 
