@@ -340,7 +340,9 @@ def table(
         cells = [_say(column, value) for column, value in zip(by, group, strict=True)]
         cells += ["" for _ in _COLUMNS] if row is None else [write(row) for write in _COLUMNS.values()]
         first, *others = (cell.replace("\n", "<br>") for cell in map(escape, cells))
-        lines.append(f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others) + "</tr>")
+        line = [f'<td class="gi-by">{cell}</td>' for cell in others[: len(by) - 1]]
+        line += [f"<td>{cell}</td>" for cell in others[len(by) - 1 :]]
+        lines.append(f'<tr><th scope="row">{first}</th>{"".join(line)}</tr>')
     head = "".join(f'<th scope="col">{escape(h)}</th>' for h in [*map(_title, by), *_COLUMNS])
     return Html(
         f'{_SCROLL}<table class="dataframe gi-scores"><thead><tr>'

@@ -14,6 +14,8 @@ document.addEventListener("DOMContentLoaded", () => {
     box.setAttribute("role", "region");
     box.setAttribute("aria-label", kind(box) + " that scrolls" + (heading ? ": " + heading : ""));
   };
-  const watch = new ResizeObserver((entries) => entries.forEach((entry) => update(entry.target)));
-  for (const box of document.querySelectorAll(boxes)) watch.observe(box);
+  const watch = new ResizeObserver((entries) => entries.forEach((entry) => update(entry.target.closest(boxes))));
+  for (const box of document.querySelectorAll(boxes)) {
+    for (const one of [box, ...box.querySelectorAll("table")]) watch.observe(one);
+  }
 });
