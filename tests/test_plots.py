@@ -201,9 +201,9 @@ def test_table_counts_failures_and_leaves_what_was_not_run_empty(study):
     page = str(plots.table(frame, by=["model", "weights"]))
     assert "<td>2 / 3</td>" in page and "<td>1 / 1</td>" in page
     assert page.index(">identified<") < page.index(">dB above floor<") < page.index(">cost<") < page.index(">seconds<")
-    assert (
-        '<th scope="row">lenet</th><td class="gi-by">untrained</td>' in page and "LPIPS" not in page
-    )  # it was not had
+    assert '<th scope="row">lenet</th><td class="gi-by">untrained</td>' in page and "LPIPS" not in page, (
+        "LPIPS was not had"
+    )
     assert "Not run" not in page
     page = str(plots.table(frame, by=["model"], order={"model": ["lenet", "convnet"]}))
     assert '<th scope="row">convnet</th>' + "<td></td>" * 8 + "</tr>" in page
