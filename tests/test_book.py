@@ -345,12 +345,9 @@ def test_pages_that_were_given_parameters_show_them(site):
         assert text.count("# Parameters") == 1 == text.count("Parameters: profile = ")
 
 
-def test_a_table_that_scrolls_can_be_focused_and_one_that_fits_is_no_region(origin, tmp_path):
-    region = 'role="region" aria-label="Table that scrolls: '
-    address = f"{origin}/book/dlg.html"
-    narrow = browse(address, tmp_path, "--window-size=500,800")
-    assert f'tabindex="0" {region}Across models and datasets"' in narrow
-    assert region not in browse(address, tmp_path, "--window-size=1400,900")
+def test_a_table_that_scrolls_can_be_focused(origin, tmp_path):
+    dom = browse(f"{origin}/book/dlg.html", tmp_path, "--window-size=500,800")
+    assert 'tabindex="0" role="region" aria-label="Table that scrolls: Across models and datasets"' in dom
 
 
 @pytest.fixture(scope="module")
