@@ -313,6 +313,21 @@ def badges(cost: dict, name: str, address: str) -> str:
     )
 
 
+def fold_parameters(page: list[dict]) -> None:
+    """Show parameters once, as they were used: papermill's cell, folded below a line that has its values.
+
+    The cell of defaults above it goes from the page, since its values may be others.
+    """
+    used = [cell for cell in page if "injected-parameters" in cell["metadata"].get("tags", [])]
+    if not used:
+        return
+    page[:] = [cell for cell in page if "parameters" not in cell["metadata"].get("tags", [])]
+    [cell] = used
+    values = [line for line in "".join(cell["source"]).splitlines() if not line.startswith("#")]
+    cell["metadata"]["tags"].append("hide-input")
+    cell["metadata"]["mystnb"] = {"code_prompt_show": f"Parameters: {', '.join(values)}"}
+
+
 def staged_notebook(folder: Path, name: str, address: str, version: str) -> str:
     """The executed copy with its badges under the title and without what names this machine.
 
@@ -327,6 +342,7 @@ def staged_notebook(folder: Path, name: str, address: str, version: str) -> str:
         raise ChapterError(f"book/{name}: the first cell must be markdown and begin with the title, '# ...'")
     first["source"] = "\n".join([lines[0], "", badges(cost, name, address), "", *lines[1:]])
     notebook["metadata"].pop("papermill", None)
+    fold_parameters(notebook["cells"])
     for cell in notebook["cells"]:
         cell["metadata"].pop("papermill", None)
         cell["metadata"].pop("execution", None)

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
+from gi_lib import metrics, results
 from gi_lib import provenance as made
-from gi_lib import results
 from gi_lib.attacks import ATTACKS
 from gi_lib.results import export, verdicts
 from gi_lib.types import Images
@@ -56,14 +56,14 @@ def png(images: Images) -> str:
 
 
 def picture(images: Images, alt: str, *, shown: int = 160) -> str:
-    """An <img> of images side by side, enlarged without smoothing, and never wider than the page.
+    """An <img> of images side by side, each `shown` CSS pixels wide, and never wider than the page.
 
-    Each image is about `shown` CSS pixels wide, a multiple of its own width.
+    It is enlarged without smoothing, and made smaller with it.
     The class keeps the book's theme from dimming it in dark mode: its colours are what is shown.
     """
     count, _, _, width = images.shape
-    total = count * width * max(1, round(shown / width))
-    style = f"width:{total}px;max-width:100%;height:auto;image-rendering:pixelated;display:block"
+    style = f"width:{count * shown}px;max-width:100%;height:auto;display:block"
+    style += ";image-rendering:pixelated" if shown >= width else ""
     return f'<img class="dark-light" alt="{escape(alt)}" src="{png(images)}" style="{style}">'
 
 
@@ -73,16 +73,20 @@ def slider(
     truth: Images | None = None,
     losses: Sequence[float] | Float[Tensor, " F"] | None = None,
     *,
+    candidates: Images | None = None,
     alt: str = "The reconstruction",
+    shown: int = 160,
 ) -> Html:
-    """Snapshots of a reconstruction behind an <input type="range">; without JavaScript the last one is seen.
+    """Snapshots of a reconstruction behind an <input type="range"> that plays; without JavaScript the last is seen.
 
     Args:
         frames: [F, B, C, H, W] in [0, 1], as `Reconstruction.frames`.
         frame_steps: F step numbers.
-        truth: [B, C, H, W], shown beside the frames.
+        truth: [B, C, H, W], shown above the frames; each frame is matched with it, and says its own PSNR.
         losses: F values, shown below the frames.
+        candidates: [N, C, H, W], the truth among them; a frame says whether it identifies its image among these.
         alt: what the picture shows; the step is added to it.
+        shown: the width of an image in CSS pixels.
 
     Raises:
         ValueError: there are no frames, or the lengths differ.
@@ -98,11 +102,18 @@ def slider(
     texts = [f"step {s} of {frame_steps[-1]}" for s in frame_steps]
     if values is not None:
         texts = [f"{text}, loss {value:.2e}" for text, value in zip(texts, values, strict=True)]
-    sources = [png(frame) for frame in frames]
-    name = "gi-" + hashlib.sha256("".join([*texts, *sources, alt]).encode()).hexdigest()[:10]
+    pictured, scores = list(frames), ["reconstruction"] * len(frames)
+    if truth is not None:
+        pictured = [frame[metrics.align(frame, truth)] if frame.isfinite().all() else frame for frame in frames]
+        scores = ["; ".join(verdict(truth, frame, candidates)) for frame in pictured]
+    sources = [png(frame) for frame in pictured]
+    name = "gi-" + hashlib.sha256("".join([*texts, *scores, *sources, alt]).encode()).hexdigest()[:10]
     last = len(frames) - 1
-    pictures = "" if truth is None else _figure(picture(truth, "The private images"), "private")
-    pictures += _figure(picture(frames[last], f"{alt}, {texts[last]}"), "reconstruction")
+    pictures = ""
+    if truth is not None:
+        floors = ", ".join(f"{value:.1f}" for value in metrics.floor(truth).tolist())
+        pictures = _figure(picture(truth, "The private images", shown=shown), f"private; floor {floors} dB")
+    pictures += _figure(picture(pictured[last], f"{alt}, {texts[last]}", shown=shown), scores[last])
     return Html(
         _SLIDER.substitute(
             name=name,
@@ -111,6 +122,7 @@ def slider(
             now=escape(texts[last]),
             alt=json.dumps(alt).replace("<", "\\u003c"),
             texts=json.dumps(texts),
+            scores=json.dumps(scores),
             sources=json.dumps(sources),
         )
     )
@@ -120,30 +132,62 @@ def _figure(image: str, caption: str) -> str:
     return f'<figure style="margin:0;min-width:0">{image}<figcaption>{caption}</figcaption></figure>'
 
 
+def verdict(truth: Images, reconstruction: Images, candidates: Images | None = None) -> list[str]:
+    """What is said below each reconstruction: its PSNR, that beside its floor, and whether it identifies its image.
+
+    Args:
+        truth, reconstruction: [B, C, H, W] in the same order.
+        candidates: [N, C, H, W], as large and with the truth among them; without them identification is left out.
+    """
+    if not reconstruction.isfinite().all():
+        return ["pixels that are no numbers"]
+    pairs = zip(metrics.psnr(reconstruction, truth).tolist(), metrics.floor(truth).tolist(), strict=True)
+    said = [f"{psnr:.1f} dB, {psnr - floor:+.1f} from its floor" for psnr, floor in pairs]
+    if candidates is None:
+        return said
+    found = metrics.identified(reconstruction, truth, candidates).tolist()
+    return [
+        f"{text}, {'' if hit else 'not '}identified among {len(candidates)}"
+        for text, hit in zip(said, found, strict=True)
+    ]
+
+
+def origin(line: str, facts: Sequence[str], study: str = "") -> Html:
+    """The line below a figure or table: what made it. A click opens the rest.
+
+    Args:
+        line: what is always seen.
+        facts: what is seen when it is opened.
+        study: where its records are, below results/ and without the ending; the opened line links to them.
+    """
+    link = f'<a href="../results/{escape(study)}.jsonl">records</a>; ' if study else ""
+    return Html(
+        f'<details class="provenance"><summary>{escape(line)}</summary>{link}{escape("; ".join(facts))}</details>'
+    )
+
+
 def provenance(frame: pd.DataFrame, study: str) -> Html:
-    """The line below a figure or table made from records: what they are, what made them, and where they are.
+    """The line below a figure or table made from records: what they are, and opened, what made them and where they are.
 
     Args:
         frame: the records that were used.
-        study: its name; the line links to ../results/<study>.jsonl.
+        study: its name; the opened line links to ../results/<study>.jsonl.
     """
     if frame.empty:  # and perhaps no file either, to which a link could lead
         return Html(f'<p class="provenance">Study {escape(study)}: no records</p>')
-    link = f'<a href="../results/{escape(study)}.jsonl">{escape(study)}</a>'
     ok = int((frame["status"] == "ok").sum())
     versions = [f"{name} {version}" for row in frame["versions"] for name, version in row.items()]
     days = sorted(datetime.fromisoformat(started).date().isoformat() for started in frame["started"])
     facts = [
-        f"{ok} of {len(frame)} cases ok",
         "commit " + ", ".join(dict.fromkeys(c if isinstance(c, str) else "unknown" for c in frame["commit"])),
         _seeds(sorted(set(frame["seed"]))),
         "profile " + ", ".join(dict.fromkeys(frame["profile"])),
         ", ".join(dict.fromkeys(versions)),
         *dict.fromkeys(frame["device"]),
         *dict.fromkeys(frame["precision"]),
-        days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}",
     ]
-    return Html(f'<p class="provenance">Study {link}: {escape("; ".join(facts))}</p>')
+    when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+    return origin(f"Study {study}: {ok} of {len(frame)} cases ok, {when}", facts, study)
 
 
 def provenance_live(seed: int, profile: str, device: str | None = None) -> Html:
@@ -154,15 +198,8 @@ def provenance_live(seed: int, profile: str, device: str | None = None) -> Html:
     """
     device = made.choose_device(device)
     versions = ", ".join(f"{name} {version}" for name, version in made.versions().items())
-    facts = (
-        f"commit {made.commit() or 'unknown'}",
-        f"seed {seed}",
-        f"profile {profile}",
-        versions,
-        made.device_name(device),
-        made.precision(device),
-    )
-    return Html(f'<p class="provenance">Computed by this page: {escape("; ".join(facts))}</p>')
+    facts = (f"commit {made.commit() or 'unknown'}", versions, made.device_name(device), made.precision(device))
+    return origin(f"Computed by this page: seed {seed}, profile {profile}", facts)
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -180,22 +217,38 @@ def _seeds(seeds: Sequence[int]) -> str:
 # The id comes from the content, so that a page which is built twice is the same. Colours are inherited, for
 # light and dark pages. `aria-valuetext` is what a screen reader says while the slider moves.
 _SLIDER = Template("""<div class="gi-slider" id="$name" style="color:inherit;margin:0 0 1rem">
-<div style="display:flex;flex-wrap:wrap;gap:1rem">$pictures</div>
+<div style="display:flex;flex-direction:column;gap:.3rem">$pictures</div>
+<div style="display:flex;flex-wrap:wrap;align-items:center;gap:.2rem .8rem;margin:.4rem 0 0">
+<button type="button" style="font:inherit;min-width:5.5em">&#9654; play</button>
 <input type="range" min="0" max="$last" value="$last" step="1" aria-label="Step of the reconstruction"
- aria-valuetext="$now" style="width:min(100%,24rem);margin:.6rem 0 .2rem;accent-color:currentColor">
-<div class="gi-now" style="font-variant-numeric:tabular-nums">$now</div>
+ aria-valuetext="$now" style="flex:0 1 20rem;min-width:8rem;accent-color:currentColor">
+<span class="gi-now" style="font-variant-numeric:tabular-nums">$now</span></div>
 <script>
 (() => {
   const box = document.getElementById("$name");
-  const input = box.querySelector("input"), now = box.querySelector(".gi-now");
-  const image = box.querySelector("figure:last-child img");
-  const texts = $texts, sources = $sources, alt = $alt;
-  input.addEventListener("input", () => {
-    const i = Number(input.value);
+  const input = box.querySelector("input"), button = box.querySelector("button"), now = box.querySelector(".gi-now");
+  const image = box.querySelector("figure:last-child img"), score = box.querySelector("figure:last-child figcaption");
+  const texts = $texts, scores = $scores, sources = $sources, alt = $alt;
+  let timer = 0;
+  const show = (i) => {
+    input.value = i;
     image.src = sources[i];
     image.alt = alt + ", " + texts[i];
+    score.textContent = scores[i];
     now.textContent = texts[i];
     input.setAttribute("aria-valuetext", texts[i]);
+  };
+  const stop = () => {
+    clearInterval(timer);
+    timer = 0;
+    button.textContent = "\\u25b6 play";
+  };
+  input.addEventListener("input", () => { stop(); show(Number(input.value)); });
+  button.addEventListener("click", () => {
+    if (timer) return stop();
+    let i = Number(input.value) >= sources.length - 1 ? -1 : Number(input.value);
+    button.textContent = "\\u275a\\u275a pause";
+    timer = setInterval(() => { show(i += 1); if (i >= sources.length - 1) stop(); }, 150);
   });
 })();
 </script>

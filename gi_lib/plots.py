@@ -1,6 +1,7 @@
 """Figures and tables from records and saved pictures. Each is a piece of a page that a notebook shows.
 
-Figures made with matplotlib have an opaque light ground in dark mode too: their dark lettering needs it.
+Figures made with matplotlib have an opaque light ground, since a notebook may have a dark one; on the book's dark pages
+its style sheet turns their lightness around (class `gi-figure`).
 Colours are those of Okabe and Ito, which readers with colour blindness can tell apart, and never the only
 difference. A number that has no record is not printed: cells that were not run are empty, and the caption
 counts them.
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from gi_lib import results
 from gi_lib.bench import protocol
-from gi_lib.pages import Html, picture, provenance, provenance_live, slider
+from gi_lib.pages import Html, picture, provenance, provenance_live, slider, verdict
 from gi_lib.types import Images
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Figure:
         self.figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
         source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
         style = f"width:{round(96 * self.figure.get_figwidth())}px;max-width:100%;height:auto"
-        return f'<img class="dark-light" alt="{escape(self.alt)}" src="{source}" style="{style}">'
+        return f'<img class="dark-light gi-figure" alt="{escape(self.alt)}" src="{source}" style="{style}">'
 
     def __repr__(self) -> str:
         return f"Figure({self.alt})"
@@ -96,22 +97,33 @@ def _panels(width: float, height: float, lines: int = 1, columns: int = 1) -> tu
     return figure, grid
 
 
-def compare(truth: Images, reconstruction: Images, psnr: Sequence[float] | Tensor | None = None) -> Html:
+def compare(
+    truth: Images,
+    reconstruction: Images,
+    psnr: Sequence[float] | Tensor | None = None,
+    *,
+    candidates: Images | None = None,
+    shown: int = 160,
+) -> Html:
     """Private images [B, C, H, W] and their reconstructions in the same order, one above the other.
 
     Args:
         psnr: B values in dB, printed below.
+        candidates: [N, C, H, W], the truth among them; then `pages.verdict` is printed below, in place of `psnr`.
+        shown: the width of an image in CSS pixels.
     """
-    values = [None] * len(truth) if psnr is None else [float(v) for v in psnr]
+    said = [""] * len(truth) if psnr is None else [f"{float(v):.1f} dB" for v in psnr]
+    if candidates is not None:
+        said = verdict(truth, reconstruction, candidates)
     columns = []
-    for i, value in enumerate(values):
-        said = "" if value is None else f"{value:.1f} dB"
+    for i, text in enumerate(said):
         number = f" {i + 1}" if len(truth) > 1 else ""
-        top = picture(truth[i : i + 1], f"Private image{number}")
-        bottom = picture(reconstruction[i : i + 1], f"Reconstruction{number}{said and ', PSNR ' + said}")
+        score = text and f", PSNR {text}"
+        top = picture(truth[i : i + 1], f"Private image{number}", shown=shown)
+        bottom = picture(reconstruction[i : i + 1], f"Reconstruction{number}{score}", shown=shown)
         columns.append(
-            f'<figure style="margin:0;min-width:0">{top}<div style="height:.3rem"></div>{bottom}'
-            f"<figcaption>{said or '&nbsp;'}</figcaption></figure>"
+            f'<figure style="margin:0;min-width:0;max-width:{shown}px">{top}<div style="height:.3rem"></div>{bottom}'
+            f"<figcaption>{text or '&nbsp;'}</figcaption></figure>"
         )
     return Html(
         '<div class="gi-pictures" style="color:inherit"><div style="display:flex;flex-wrap:wrap;gap:.6rem">'
@@ -327,14 +339,20 @@ def table(
         missing += row is None
         cells = [_say(column, value) for column, value in zip(by, group, strict=True)]
         cells += ["" for _ in _COLUMNS] if row is None else [write(row) for write in _COLUMNS.values()]
-        lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+        first, *others = (cell.replace("\n", "<br>") for cell in map(escape, cells))
+        line = [f'<td class="gi-by">{cell}</td>' for cell in others[: len(by) - 1]]
+        line += [f"<td>{cell}</td>" for cell in others[len(by) - 1 :]]
+        lines.append(f'<tr><th scope="row">{first}</th>{"".join(line)}</tr>')
     head = "".join(f'<th scope="col">{escape(h)}</th>' for h in [*map(_title, by), *_COLUMNS])
     return Html(
-        '<div style="overflow-x:auto"><table class="dataframe" style="white-space:nowrap"><thead><tr>'
+        f'{_SCROLL}<table class="dataframe gi-scores"><thead><tr>'
         f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
         f'<p class="caption">Means over images, PSNR with its 95 % bootstrap interval; medians over cases for'
         f" time. Cost is in training steps. {_not_run(missing, len(groups))}</p>"
     )
+
+
+_SCROLL = '<div class="gi-scroll-x" style="overflow-x:auto">'
 
 
 def _number(row: Mapping, name: str, digits: str) -> str:
@@ -344,28 +362,40 @@ def _number(row: Mapping, name: str, digits: str) -> str:
 def _interval(row: Mapping) -> str:
     if np.isnan(row["psnr"]):
         return ""
-    return f"{row['psnr']:.1f} ({row['psnr_low']:.1f} to {row['psnr_high']:.1f})"
+    return f"{row['psnr']:.1f}\n({row['psnr_low']:.1f} to {row['psnr_high']:.1f})"
 
 
 def _found(row: Mapping) -> str:
     """Images identified of those that came back or were missed, and how many chance would give."""
     if np.isnan(row["identified"]):
         return ""
-    return f"{round(row['identified'] * row['images'])} of {row['images']} (chance {row['chance'] * row['images']:.2g})"
+    return (
+        f"{round(row['identified'] * row['images'])} of {row['images']}\n(chance {row['chance'] * row['images']:.2g})"
+    )
+
+
+def _likeness(row: Mapping) -> str:
+    """SSIM, and LPIPS where it was had."""
+    perceived = _number(row, "lpips", ".3f")
+    return _number(row, "ssim", ".3f") + (perceived and f"\n(LPIPS {perceived})")
+
+
+def _time(row: Mapping) -> str:
+    steps = _number(row, "steps", ".0f")
+    return _number(row, "seconds", ".3g") + (steps and f"\n({steps} step{'' if steps == '1' else 's'})")
 
 
 _COLUMNS: dict[str, Callable[[Mapping], str]] = {
-    "ok / n": lambda row: f"{row['ok']} / {row['n']}" if row["n"] else "does not apply",
     "identified": _found,
-    "above floor (dB)": lambda row: _number(row, "above", "+.1f"),
-    "PSNR (dB)": _interval,
-    "SSIM": lambda row: _number(row, "ssim", ".3f"),
-    "LPIPS": lambda row: _number(row, "lpips", ".3f"),
-    "labels": lambda row: _number(row, "label_accuracy", ".0%"),
+    "dB above floor": lambda row: _number(row, "above", "+.1f"),
     "cost": lambda row: _number(row, "training_steps", ",.0f"),
-    "seconds": lambda row: _number(row, "seconds", ".3g"),
-    "steps": lambda row: _number(row, "steps", ".0f"),
+    "seconds": _time,
+    "PSNR (dB)": _interval,
+    "SSIM": _likeness,
+    "labels": lambda row: _number(row, "label_accuracy", ".0%"),
+    "ok / n": lambda row: f"{row['ok']} / {row['n']}" if row["n"] else "does not apply",
 }
+"""What answers the question stands first: whether images leak, how well, at what cost."""
 
 
 def picture_grid(
@@ -387,21 +417,24 @@ def picture_grid(
     """
     shown = {c: list((order or {}).get(c) or dict.fromkeys(map(_plain, frame[c]))) for c in (rows, columns)}
     plain = {c: [_plain(value) for value in frame[c]] for c in (rows, columns)}
-    lines, missing = [], 0
+    lines, missing, wide = [], 0, len(shown[columns])
     for down in shown[rows]:
         cells = []
         for across in shown[columns]:
             cases = frame[[pair == (down, across) for pair in zip(plain[rows], plain[columns], strict=True)]]
             missing += cases.empty
             cells.append(f"<td>{'' if cases.empty else _cell(cases, Path(folder), which)}</td>")
-        lines.append(f'<tr><th scope="row">{escape(_say(rows, down))}</th>{"".join(cells)}</tr>')
+        empty = set(cells) <= {"<td></td>"}
+        name = escape(_say(rows, down)) + (": not run" if empty else "")
+        lines.append(f'<tr class="gi-part"><th scope="rowgroup" colspan="{wide}"><span>{name}</span></th></tr>')
+        lines += [] if empty else [f"<tr>{''.join(cells)}</tr>"]
     head = "".join(f'<th scope="col">{escape(_say(columns, across))}</th>' for across in shown[columns])
     return Html(
-        '<div style="overflow-x:auto"><table class="dataframe" style="white-space:nowrap"><thead><tr>'
-        f"<td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f'{_SCROLL}<table class="dataframe gi-grid"><thead><tr>'
+        f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
         f'<p class="caption">Each cell: the {_listed(which)} image by dB above its floor, private on the left,'
         " reconstructed on the right; below it its own PSNR, and whether it identifies the private image."
-        f" {_not_run(missing, len(shown[rows]) * len(shown[columns]))}</p>"
+        f" {_not_run(missing, len(shown[rows]) * wide)}</p>"
     )
 
 
@@ -427,7 +460,7 @@ def _cell(cases: pd.DataFrame, folder: Path, which: Sequence[str]) -> str:
         return f"missed, {count}"
     at = {"worst": 0, "median": (len(ranked) - 1) // 2, "best": len(ranked) - 1}
     shown = [_pair(done, folder, name if len(which) > 1 else "", *ranked[at[name]]) for name in which]
-    return "".join([*shown, f'<div style="margin-top:.2rem">{count}</div>'])
+    return f'<div class="gi-pairs" style="display:flex;flex-wrap:wrap;gap:.3rem">{"".join(shown)}</div>{count}'
 
 
 def _pair(done: pd.DataFrame, folder: Path, name: str, above: float, psnr: float, i: int, k: int) -> str:
@@ -439,8 +472,8 @@ def _pair(done: pd.DataFrame, folder: Path, name: str, above: float, psnr: float
     alt = f"Private image and reconstruction, {where}, {psnr:.1f} dB"
     found = "identified" if case["identified"][i] else "not identified"
     own = f"{name and name + ': '}{psnr:.1f} dB, {above:+.1f} from its floor, {found}"
-    side = 64 if not name else 48
-    return f"{picture(torch.stack([truth[i], reconstruction[i]]), alt, shown=side)}<div>{own}</div>"
+    image = picture(torch.stack([truth[i], reconstruction[i]]), alt, shown=96)
+    return f'<div style="width:192px">{image}<div>{own}</div></div>'
 
 
 def _not_run(missing: int, cells: int) -> str:

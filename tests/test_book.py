@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlencode, urlsplit
 
+import build
 import cells
 import pandas as pd
 import pytest
@@ -102,8 +103,8 @@ def test_first_cells(path):
 
 
 @each_chapter
-def test_injected_parameters_stay_visible(path):
-    """A hidden parameters cell would let the page show values that it did not use."""
+def test_parameters_are_seen_in_the_notebook(path):
+    """In the page `build.fold_parameters` puts the values that were used in their place."""
     for cell in notebook(path)["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
             assert not [tag for tag in cell["metadata"]["tags"] if tag.startswith(("hide", "remove"))]
@@ -117,6 +118,41 @@ def test_reference_notebooks_store_what_they_print(path):
     for cell in code:
         names = [(output["output_type"], output.get("name")) for output in cell["outputs"]]
         assert names == [("stream", "stdout")], cell["id"]
+
+
+def techniques():
+    """The notebooks of the part on techniques."""
+    return [ROOT / f"{page}.ipynb" for page in contents()["Techniques"]]
+
+
+def test_a_technique_begins_with_its_result_and_folds_what_is_not_the_attack():
+    """Also: what is folded says what it is."""
+    assert len(techniques()) >= 4
+    for path in techniques():
+        cells_ = notebook(path)["cells"]
+        names = [cell["id"] for cell in cells_]
+        start = names.index("result-run")
+        assert names.index("result") == start - 1 and start < names.index("idea"), path.stem
+        assert names[:start] == ["title", "install", "parameters", "setup", "result"], path.stem
+        for cell in cells_:
+            folded = "hide-input" in cell["metadata"].get("tags", [])
+            assert folded or cell["id"] not in ("setup", "result-run", "idea-picture"), path.stem
+            assert not folded or cell["metadata"]["mystnb"]["code_prompt_show"], (path.stem, cell["id"])
+
+
+def test_parameters_are_shown_once_with_the_values_that_were_used():
+    page = [
+        {"source": "# Title", "metadata": {}},
+        {"source": 'profile = "quick"', "metadata": {"tags": ["parameters"]}},
+        {"source": '# Parameters\nprofile = "smoke"\nseed = 3\n', "metadata": {"tags": ["injected-parameters"]}},
+    ]
+    build.fold_parameters(page)
+    assert [cell["source"][:3] for cell in page] == ["# T", "# P"]
+    assert page[1]["metadata"]["mystnb"]["code_prompt_show"] == 'Parameters: profile = "smoke", seed = 3'
+    assert "hide-input" in page[1]["metadata"]["tags"]
+    plain = [{"source": "seed = 0", "metadata": {"tags": ["parameters"]}}]
+    build.fold_parameters(plain)
+    assert plain[0]["source"] == "seed = 0"
 
 
 def contents():
@@ -343,7 +379,13 @@ def test_chapter_page_has_badges_and_buttons(site, path):
 
 def test_pages_that_were_given_parameters_show_them(site):
     for path in CHAPTERS:
-        assert "# Parameters" in (site / "book" / f"{path.stem}.html").read_text()
+        text = (site / "book" / f"{path.stem}.html").read_text()
+        assert text.count("# Parameters") == 1 == text.count("Parameters: profile = ")
+
+
+def test_a_table_that_scrolls_can_be_focused(origin, tmp_path):
+    dom = browse(f"{origin}/book/dlg.html", tmp_path, "--window-size=500,800")
+    assert 'tabindex="0" role="region" aria-label="Table that scrolls: Across models and datasets"' in dom
 
 
 def browse(address, folder, *options):

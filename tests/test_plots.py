@@ -13,7 +13,7 @@ import torch
 from gi_lib import metrics, pages, plots, results
 from gi_lib.attacks import ATTACKS, InvertingGradients
 from gi_lib.bench import Case, run
-from gi_lib.pages import BOARD, explorer, leaderboard
+from gi_lib.pages import BOARD, explorer, leaderboard, png
 from gi_lib.results import export
 
 OUTSIDE = re.compile(r"https?://|//cdn|@import|url\(")
@@ -37,15 +37,30 @@ def images(*shape):
 
 def test_slider_holds_every_frame_and_asks_nothing_of_others():
     frames = images(5, 2, 3, 8, 8)
-    page = str(plots.slider(frames, [0, 1, 3, 7, 10], truth=frames[-1], losses=[5, 4, 3, 2, 1]))
+    page = str(plots.slider(frames, [0, 1, 3, 7, 10], truth=frames[-1], losses=[5, 4, 3, 2, 1], shown=64))
     assert not OUTSIDE.search(page)
     sources = page[page.index("sources = [") :]
     assert len(set(re.findall(r"data:image/png;base64,[\w+/=]+", sources))) == 5
     assert 'max="4" value="4"' in page
     assert "step 3 of 10, loss 3.00e+00" in page
     assert 'aria-label="Step of the reconstruction"' in page
-    assert page.count("<img") == 2 == page.count('alt="')
+    assert page.count("<img") == 2 == page.count('alt="') == page.count("width:128px")
+    assert page.index("The private images") < page.index("The reconstruction") and "play</button>" in page
     assert "background" not in page
+
+
+def test_slider_matches_each_frame_and_says_what_it_is_worth():
+    truth = torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4) * torch.linspace(0, 1, 4)])
+    frames = torch.stack([images(2, 1, 4, 4), truth.flip(0)])
+    frames = torch.cat([frames, frames[:1] * torch.nan])
+    page = str(plots.slider(frames, [0, 1, 2], truth, candidates=truth))
+    scores = json.loads(re.search(r"scores = (\[.*?\]),", page)[1])
+    assert "not identified" in scores[0] and scores[1].count("150.0 dB") == 2
+    assert scores[2] == "pixels that are no numbers"
+    assert scores[1].endswith("+141.4 from its floor, identified among 2")
+    assert "private; floor 150.0, 8.6 dB" in page
+    sources = re.findall(r"data:image/png;base64,[\w+/=]+", page[page.index("sources = [") :])
+    assert sources[1] == png(truth)  # the second frame was flipped
 
 
 def test_slider_is_the_same_when_built_twice_and_differs_with_its_frames():
@@ -61,7 +76,7 @@ def test_slider_escapes_its_text_and_survives_nan():
     frames[0] = torch.nan
     page = str(plots.slider(frames, [0, 1], alt='</script><b x="$now">'))
     assert page.count("</script>") == 1
-    assert "<b" not in page
+    assert "<b " not in page
 
 
 @pytest.mark.parametrize(
@@ -83,6 +98,14 @@ def test_compare_has_an_alt_text_for_each_image():
     assert page.count("<img") == 6
     assert 'alt="Reconstruction 2, PSNR 30.0 dB"' in page
     assert not OUTSIDE.search(page)
+
+
+def test_compare_says_which_image_is_identified():
+    truth = images(2, 1, 8, 8)
+    page = str(plots.compare(truth, truth.flip(0), candidates=truth, shown=96))
+    assert page.count("not identified among 2</figcaption>") == 2 and page.count("width:96px") == 6
+    page = str(plots.compare(truth, truth, candidates=truth))
+    assert page.count(" from its floor, identified among 2</figcaption>") == 2
 
 
 def test_losses_are_a_figure_with_an_alt_text():
@@ -179,10 +202,13 @@ def test_table_counts_failures_and_leaves_what_was_not_run_empty(study):
     frame = results.read(study)
     page = str(plots.table(frame, by=["model", "weights"]))
     assert "<td>2 / 3</td>" in page and "<td>1 / 1</td>" in page
-    assert "<td>untrained</td>" in page
+    assert page.index(">identified<") < page.index(">dB above floor<") < page.index(">cost<") < page.index(">seconds<")
+    assert '<th scope="row">lenet</th><td class="gi-by">untrained</td>' in page and "LPIPS" not in page, (
+        "LPIPS was not had"
+    )
     assert "Not run" not in page
     page = str(plots.table(frame, by=["model"], order={"model": ["lenet", "convnet"]}))
-    assert "<td>convnet</td>" + "<td></td>" * 8 in page
+    assert '<th scope="row">convnet</th>' + "<td></td>" * 8 + "</tr>" in page
     assert "mlp" not in page
     assert "Not run, and empty: 1 of 2." in page
 
@@ -191,8 +217,8 @@ def test_picture_grid(study):
     frame = results.read(study)
     order = {"model": ["lenet", "mlp"], "dataset": ["digits", "photos"]}
     page = str(plots.picture_grid(frame, study.parent, order=order))
-    assert page.count("<img") == 2
-    assert page.count("<td></td>") == 3  # the corner and two cells
+    assert page.count("<img") == 2 == page.count("width:192px;max-width:100%")  # two images of 96 each
+    assert page.count("<td></td>") == 2
     assert "Not run, and empty: 2 of 4." in page
     assert "2 / 3 ok" in page
     failed = frame[frame["status"] == "failed"]
@@ -367,9 +393,11 @@ def test_leaderboard_escapes_what_a_record_says(study):
 
 def test_provenance_names_what_made_the_numbers(study):
     line = str(plots.provenance(results.read(study), "tiny"))
-    assert line.startswith('<p class="provenance">Study <a href="../results/tiny.jsonl">tiny</a>: 3 of 4 cases ok')
+    said, opened = re.fullmatch(r'<details class="provenance"><summary>(.*)</summary>(.*)</details>', line).groups()
+    assert re.fullmatch(r"Study tiny: 3 of 4 cases ok, 2\d{3}-\d\d-\d\d", said)
+    assert '<a href="../results/tiny.jsonl">' in opened
     for fact in ("commit", "seeds 0, 4", "profile smoke", f"torch {torch.__version__}", "thread", "float32"):
-        assert fact in line
+        assert fact in opened
     assert "no records" in str(plots.provenance(results.read(study).iloc[:0], "tiny"))
     live = str(plots.provenance_live(3, "quick", "cpu"))
     for fact in ('class="provenance"', "seed 3", "profile quick", f"torch {torch.__version__}"):

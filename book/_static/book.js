@@ -1,6 +1,21 @@
-// Keyboard access for wide tables and equations: what scrolls sideways can be focused and scrolled by the arrow keys.
+// Keyboard access for wide tables, equations and outputs: what scrolls sideways, and only that, is a region that can be
+// focused and scrolled by the arrow keys. Its name is that of the section in which it stands.
 document.addEventListener("DOMContentLoaded", () => {
-  for (const box of document.querySelectorAll(".pst-scrollable-table-container, div.math, .output pre")) {
-    if (!box.hasAttribute("tabindex")) box.setAttribute("tabindex", "0");
+  const boxes = ".gi-scroll-x, .pst-scrollable-table-container, .cell_output, div.math, .output pre";
+  const kind = (box) => (box.querySelector("table") ? "Table" : box.matches("div.math") ? "Equation" : "Output");
+  const update = (box) => {
+    const scrolls = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX !== "visible";
+    if (!scrolls) {
+      for (const name of ["tabindex", "role", "aria-label"]) box.removeAttribute(name);
+      return;
+    }
+    const heading = box.closest("section")?.querySelector("h1, h2, h3")?.firstChild?.textContent.trim();
+    box.setAttribute("tabindex", "0");
+    box.setAttribute("role", "region");
+    box.setAttribute("aria-label", kind(box) + " that scrolls" + (heading ? ": " + heading : ""));
+  };
+  const watch = new ResizeObserver((entries) => entries.forEach((entry) => update(entry.target.closest(boxes))));
+  for (const box of document.querySelectorAll(boxes)) {
+    for (const one of [box, ...box.querySelectorAll("table")]) watch.observe(one);
   }
 });
