@@ -352,7 +352,7 @@ def table(
     )
 
 
-_SCROLL = '<div class="gi-scroll-x" style="overflow-x:auto">'
+_SCROLL = '<div class="gi-scroll-x">'
 
 
 def _number(row: Mapping, name: str, digits: str) -> str:

@@ -1,7 +1,7 @@
 // Keyboard access for wide tables, equations and outputs: what scrolls sideways, and only that, is a region that can be
 // focused and scrolled by the arrow keys. Its name is that of the section in which it stands.
 document.addEventListener("DOMContentLoaded", () => {
-  const boxes = ".gi-scroll-x, .pst-scrollable-table-container, .cell_output, div.math, .output pre";
+  const boxes = ".gi-scroll-x, .indextable, .pst-scrollable-table-container, .cell_output, div.math, .output pre";
   const kind = (box) => (box.querySelector("table") ? "Table" : box.matches("div.math") ? "Equation" : "Output");
   const update = (box) => {
     const scrolls = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX !== "visible";

@@ -32,14 +32,14 @@ STYLE = """<style>
 .gi-audit .gi-open{border-left-color:#3b82b8}.gi-audit .gi-none{border-left-color:#888}
 .gi-audit .gi-answer{font-weight:700}
 .gi-audit dl{display:grid;grid-template-columns:minmax(6rem,auto) 1fr;gap:.15rem .8rem;margin:.3rem 0;font-size:.92rem}
-.gi-audit dt{opacity:.75}.gi-audit dd{margin:0;min-width:0}
+.gi-audit dt{opacity:.9}.gi-audit dd{margin:0;min-width:0}
 .gi-audit table{border-collapse:collapse;width:100%;font-size:.92rem}
 .gi-audit th,.gi-audit td{text-align:left;vertical-align:top;padding:.25rem .6rem .25rem 0;
  border-bottom:1px solid rgba(128,128,128,.3);background:transparent;color:inherit}
 .gi-audit figure{margin:.5rem .8rem .2rem 0;display:inline-block;vertical-align:top;max-width:100%}
 .gi-audit img{image-rendering:pixelated;height:auto;max-width:100%;display:block;background:transparent}
-.gi-audit figcaption{font-size:.82rem;opacity:.8;max-width:20rem}
-.gi-audit small{opacity:.8}
+.gi-audit figcaption{font-size:.82rem;max-width:20rem}
+.gi-audit small{opacity:.9}
 @media(max-width:30rem){.gi-audit dl{grid-template-columns:1fr}.gi-audit :is(tr,th,td){display:block}
  .gi-audit :is(th,td:nth-child(2)){border:0;padding-bottom:0}}
 </style>"""

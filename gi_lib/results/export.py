@@ -70,7 +70,10 @@ COLUMNS: dict[str, Column] = {
     "data_hash": Column("Hash of the images and labels that were attacked."),
     "seed": Column("Of the model's weights, the attack and the clients.", least=0),
     "threat": Column("What the attacker knows beyond the update, as gi_lib.ThreatModel."),
-    "threat_letter": Column("The class of that threat model; the chapter on the inverse problem explains the letters.", among=tuple("ABCDEFG")),
+    "threat_letter": Column(
+        "The class of that threat model; the chapter on the inverse problem explains the letters.",
+        among=tuple("ABCDEFG"),
+    ),
     "defense": Column("What the client does to its update before it sends it; null for nothing."),
     "client": Column("How the client computes its update: one gradient (FedSGD), or local steps (FedAvg)."),
     "train": Column("Whether the client's model was in train mode."),
