@@ -208,7 +208,7 @@ def execute(source: Path, folder: Path, stage: Path, parameters: dict, common: s
     noted.write_bytes(b"")
     command = [sys.executable, "-m", "papermill", str(source), str(partial), "--cwd", str(stage / "book")]
     command += ["--kernel", "python3", "--no-progress-bar", "--parameters_yaml", json.dumps(parameters)]
-    environment = lay_kernel(folder / "jupyter") | {"GI_NOTE": str(noted)}
+    environment = lay_kernel(folder / "jupyter" / source.stem) | {"GI_NOTE": str(noted)}
     written = source.read_bytes()
     started, clock = time.monotonic(), time.time()
     with (folder / (source.stem + ".log")).open("w+", encoding="utf-8", errors="replace") as log:
