@@ -114,7 +114,8 @@ def opening() -> None:
         ),
         card("Robbing the Fed", "map.html#tech-robbing-the-fed", planted, "resnet18", imprint, [MANY]),
     ]
-    (STATIC / "opening.html").write_text(f'<div class="gi-opening">\n{"".join(cards)}</div>\n')
+    opening = f'<div class="gi-opening">\n{"".join(cards)}</div>\n'
+    (STATIC / "opening.html").write_text(opening, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -26,12 +26,13 @@ ABOVE = {  # module -> the modules of gi_lib that it may import
     "metrics": {"types", "data"},
     "optimise": {"types", "execution", "progress"},
     "search": {"types", "execution", "labels", "matching", "optimise"},
-    "results": {"types", "results"},
+    "results": {"types", "metrics", "results"},
 }
 ABOVE["provenance"] = {"gi_lib"}  # its version
 ABOVE["attacks"] = (TOOLS - {"data", "checkpoints"}) | {"types", "labels", "optimise", "search", "attacks"}
 ABOVE["bench"] = ABOVE.keys() | {"bench"}
-ABOVE["pages"] = {"types", "metrics", "results", "provenance"}
+ABOVE["pages"] = {"types", "metrics", "results", "provenance", "attacks"}
+ABOVE["audit"] = ABOVE.keys() - {"bench", "pages"} | {"audit"}
 ABOVE["plots"] = {"types", "results", "pages", "bench"}
 ABOVE["__init__"] = {"types", "federated", "metrics"}
 ABOVE["cli"] = ABOVE.keys() - {"__init__"} | {"gi_lib"}

@@ -276,16 +276,22 @@ def test_there_is_a_recipe_for_each_of_the_surveys_networks():
     assert all(pair == (recipe.model, recipe.dataset) for pair, recipe in training.RECIPES.items())
 
 
+def rows():
+    lines = (ROOT / "results" / "trained_networks" / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def log():
-    rows = map(json.loads, (ROOT / "results" / "trained_networks" / "training.jsonl").read_text().splitlines())
-    return {row["recipe_hash"]: row for row in rows}
+    return {row["recipe_hash"]: row for row in rows()}
 
 
 @pytest.mark.parametrize("recipe", training.RECIPES.values(), ids=lambda recipe: recipe.name)
 def test_a_stated_accuracy_has_its_record(recipe):
-    row = log().get(recipe.hash)
-    assert (row is None) == (recipe.accuracy is None)
-    assert row is None or recipe.accuracy == row["accuracy"]
+    """The first training's; another machine's rounding ends within what 2,000 test images can tell."""
+    reached = [row["accuracy"] for row in rows() if row["recipe_hash"] == recipe.hash]
+    assert (not reached) == (recipe.accuracy is None)
+    assert not reached or recipe.accuracy == reached[0]
+    assert all(abs(other - reached[0]) < 0.035 for other in reached)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="_".join)

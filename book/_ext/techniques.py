@@ -28,7 +28,7 @@ HEADS = {"recovers": "recovers, or stops", "ours": "our best result"}
 
 def bibtex(path: Path) -> dict[str, str]:
     """Each entry of a BibTeX file as it was typed, by its key."""
-    found = re.finditer(r"^@\w+\{(\w+),\n.*?^\}$", path.read_text(), re.DOTALL | re.MULTILINE)
+    found = re.finditer(r"^@\w+\{(\w+),\n.*?^\}$", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     return {match[1]: match[0] for match in found}
 
 
@@ -167,7 +167,7 @@ class Techniques(SphinxDirective):
         data, works, records = root / "book/techniques.yaml", root / "book/references.bib", root / "results"
         for path in (data, works, *records.glob("*.jsonl")):
             self.env.note_dependency(str(path))
-        field = yaml.safe_load(data.read_text())
+        field = yaml.safe_load(data.read_text(encoding="utf-8"))
         if self.arguments[0] == "timeline":
             page = "" if self.env.docname == PAGE else self.uri(PAGE)
             return [nodes.raw("", timeline(field, page), format="html")]
