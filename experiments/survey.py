@@ -33,7 +33,7 @@ WANTED = (  # technique, its attack, setting, rung, stage of the queue, cells
     ("bias_ratio", BiasRatio(), "default", 1, 1, ALL),
     ("inverting_gradients", InvertingGradients(), "tuned", 1, 1, ALL),
     ("inverting_gradients", InvertingGradients(), "tuned", 2, 2, ALL),
-    ("inverting_gradients", InvertingGradients(), "default", 2, 3, CIFAR10),
+    ("inverting_gradients", InvertingGradients(), "default", 2, 2, CIFAR10),
     ("inverting_gradients", InvertingGradients(), "default", 2, 4, [pair for pair in ALL if pair not in CIFAR10]),
     ("inverting_gradients", InvertingGradients(), "tuned", 3, 5, CIFAR10),
     ("dlg", DLG(), "default", 1, 6, [pair for pair in ALL if pair[0] in protocol.LARGE]),

@@ -30,7 +30,7 @@ for (model, dataset), recipe in RECIPES.items():
     if tuned := protocol.tuned(InvertingGradients(), model, dataset, TUNING):
         OWN += [
             dataclasses.replace(case, weights="trained")
-            for case in protocol.cell(tuned, model, dataset, rung=2, stage=3)
+            for case in protocol.cell(tuned, model, dataset, rung=2, stage=2)
         ]
 
 CASES = OWN + [
