@@ -24,6 +24,7 @@ from gi_lib import results
 PAGE = "book/map"  # where the table stands
 COLUMNS = ("name", "authors", "year", "family", "letter", "needs", "recovers", "best known", "ours", "code", "chapter")
 HEADS = {"recovers": "recovers, or stops", "ours": "our best result"}
+NO_CHAPTER = "no chapter yet"  # techniques.js filters by it
 
 
 def bibtex(path: Path) -> dict[str, str]:
@@ -90,7 +91,7 @@ def row(technique: dict, field: dict, entry: str, ours: tuple[float, str] | None
         "best known": known(technique),
         "ours": ours[1] if ours else '<span class="gi-none">no record</span>',
         "code": f'<a href="{code}">{"GitHub" if "github.com" in code else "code"}</a>' if code else "–",
-        "chapter": f'<a href="{uri(chapter)}">chapter</a>' if chapter else '<span class="gi-none">not yet run</span>',
+        "chapter": f'<a href="{uri(chapter)}">chapter</a>' if chapter else f'<span class="gi-none">{NO_CHAPTER}</span>',
     }
     values = {"ours": f' data-value="{ours[0]:.4g}"'} if ours else {}
     body = "".join(

@@ -1,3 +1,14 @@
+// A new element, for the scripts of single pages: attributes that begin with "on" are listeners, null leaves one out.
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value !== null) made.setAttribute(name, value);
+  }
+  made.append(...children);
+  return made;
+}
+
 // Keyboard access for wide tables, equations and outputs: what scrolls sideways, and only that, is a region that can be
 // focused and scrolled by the arrow keys. Its name is that of the section in which it stands.
 document.addEventListener("DOMContentLoaded", () => {

@@ -49,15 +49,6 @@ document.addEventListener("DOMContentLoaded", () => {
   }
   const id = row => `${at(row, "study")}/${at(row, "key")}`;
 
-  function element(tag, attributes = {}, ...children) {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) {
-      if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-      else if (value !== null) made.setAttribute(name, value);
-    }
-    made.append(...children);
-    return made;
-  }
   const option = (value, text = value) => element("option", {value}, text);
   const label = (text, input) => element("label", {}, text, input);
 

@@ -13,16 +13,6 @@ document.addEventListener("DOMContentLoaded", () => {
   // A technique's setting and a model's weights stand on a second line of the cell.
   const said = (row, i) => row.cells[i].firstChild?.textContent ?? "";
 
-  function element(tag, attributes = {}, ...children) {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) {
-      if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-      else made.setAttribute(name, value);
-    }
-    made.append(...children);
-    return made;
-  }
-
   // --- state, from the address and back to it
 
   const fresh = () => ({sort: "-identified", ...Object.fromEntries(FILTERS.map(name => [name, ""]))});

@@ -10,16 +10,6 @@ document.addEventListener("DOMContentLoaded", () => {
   const compare = new Intl.Collator("en", {numeric: true}).compare;
   let sorted = "", down = false;
 
-  function element(tag, attributes = {}, ...children) {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) {
-      if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-      else made.setAttribute(name, value);
-    }
-    made.append(...children);
-    return made;
-  }
-
   function choice(label, values) {
     const input = element("select", {onchange: draw}, element("option", {value: ""}, "all"),
       ...values.map(value => element("option", {value}, value)));
@@ -33,7 +23,7 @@ document.addEventListener("DOMContentLoaded", () => {
   controls.append(element("label", {class: "gi-wide"}, "search", words));
   const family = choice("family", [...new Set(rows.map(row => said(row, "family")))]);
   const letter = choice("threat letter", [...new Set(rows.map(row => said(row, "letter")))].sort(compare));
-  const run = choice("in this book", ["has a chapter", "not yet run"]);
+  const run = choice("in this book", ["has a chapter", "no chapter yet"]);
   // On a narrow screen, where the rows are cards without headers.
   const sort = element("select", {onchange: () => { sorted = sort.value; down = sorted === "our best result"; draw(); }},
     element("option", {value: ""}, "the book's order"), ...names.map(name => element("option", {value: name}, name)));
@@ -54,7 +44,7 @@ document.addEventListener("DOMContentLoaded", () => {
     return words.value.toLowerCase().split(/\s+/).every(word => text.includes(word))
       && (!family.value || said(row, "family") === family.value)
       && (!letter.value || said(row, "letter") === letter.value)
-      && (!run.value || (said(row, "chapter") === "not yet run") === (run.value === "not yet run"));
+      && (!run.value || (said(row, "chapter") === "no chapter yet") === (run.value === "no chapter yet"));
   }
 
   function order(a, b) {

@@ -1,11 +1,11 @@
 """The one rule for verdicts in this book.
 
 A claim is a stated margin and an interval of what was measured: it is reproduced where the whole interval lies within
-the margin, not reproduced where the whole interval lies outside, and else undecided. Fewer cases make the interval
-wider, and so no claim easier to pass. Two techniques are compared on the same images at equal cost, by two endpoints in
-this order: images identified (McNemar's exact test), dB above the floor (Wilcoxon's signed ranks); all tests of a
-table are corrected together (Holm, 1979). There is no verdict where too few cases were measured, nor where nothing
-measured is above the floor or identified beyond chance: a difference between two failures says nothing.
+the margin, exceeded where it lies above, not reproduced where it lies below, and else undecided. Fewer cases make the
+interval wider, and so no claim easier to pass. Two techniques are compared on the same images at equal cost, by two
+endpoints in this order: images identified (McNemar's exact test), dB above the floor (Wilcoxon's signed ranks); all
+tests of a table are corrected together (Holm, 1979). There is no verdict where too few cases were measured, nor where
+nothing measured is above the floor or identified beyond chance: a difference between two failures says nothing.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Verdict:
     """What can be said, and from which numbers.
 
     Args:
-        said: of a claim "reproduced", "not reproduced", "undecided"; of two techniques "A is ahead", "equal" or
-            "not told apart", with "at N evaluations" where there is no plateau; "no verdict".
+        said: of a claim "reproduced", "exceeded", "not reproduced", "undecided"; of two techniques "A is ahead",
+            "equal" or "not told apart", with "at N evaluations" where there is no plateau; "no verdict".
         why: the numbers or the reason.
     """
 
@@ -67,8 +67,8 @@ def share(hits: int, cases: int, known: float, margin: float = SHARE) -> Verdict
 
 def _within(low: float, high: float, known: float, margin: float, style: str, unit: str) -> Verdict:
     inside = known - margin <= low and high <= known + margin
-    outside = high < known - margin or low > known + margin
-    said = "reproduced" if inside else "not reproduced" if outside else "undecided"
+    below, above = high < known - margin, low > known + margin
+    said = "reproduced" if inside else "not reproduced" if below else "exceeded" if above else "undecided"
     between = f"{style.format(low)} to {style.format(high)}{unit}"
     return Verdict(said, f"interval {between}; known {style.format(known)}, margin {style.format(margin)}{unit}")
 
