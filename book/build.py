@@ -96,10 +96,12 @@ def read_key(files: list[str]) -> str:
         path = REPO / name
         held = b"missing"
         if path.is_dir():
-            held = "\n".join(sorted(p.name for p in path.iterdir() if p.suffix not in (".lock", ".pyc"))).encode()
+            held = "\n".join(sorted(p.name for p in path.iterdir() if p.suffix not in (".lock", ".pyc"))).encode(
+                "utf-8", "surrogateescape"
+            )
         elif path.is_file():
             held = path.read_bytes()
-        h.update(f"{name}\0{len(held)}\0".encode() + held)
+        h.update(f"{name}\0{len(held)}\0".encode("utf-8", "surrogateescape") + held)
     return h.hexdigest()[:20]
 
 
@@ -154,7 +156,7 @@ def lay_kernel(folder: Path) -> dict[str, str]:
 def files_read(log: Path, source: Path, stage: Path) -> list[str]:
     """What a kernel noted in `log`, as names from the repository on, without the chapter itself and what is built."""
     read = set()
-    for line in log.read_text(encoding="utf-8").splitlines():
+    for line in log.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         path = Path(line).resolve()
         folder = path.is_dir()
         if path.is_relative_to(stage):

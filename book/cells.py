@@ -133,7 +133,8 @@ def address(root: Path = ROOT) -> str:
 def site(address: str) -> str:
     """Where GitHub serves the pages of the repository at `address`."""
     owner, name = address.split("github.com/")[1].split("/")
-    return f"https://{owner.lower()}.github.io/{name}/"
+    host = f"{owner.lower()}.github.io"
+    return f"https://{host}/" if name.lower() == host else f"https://{host}/{name}/"
 
 
 def install(address: str, version: str = "main") -> str:

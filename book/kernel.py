@@ -19,7 +19,7 @@ def note(descriptor: int) -> None:
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 return
         elif event in ("os.listdir", "os.scandir"):
-            path = arguments[0]
+            path = "." if arguments[0] is None else arguments[0]
         else:
             return
         if not isinstance(path, str | bytes | os.PathLike):

@@ -298,6 +298,10 @@ def audit(
     """
     from gi_lib import audit as auditing
 
+    if out.suffix == ".json":
+        raise ValueError(
+            f"--out names the page, and a JSON is written beside it: {out.with_suffix('.html')}, not {out}"
+        )
     try:
         found = _audited(
             model, update, images, weights, classes, (channels, size, size), labels, train, device,

@@ -275,7 +275,8 @@ def explorer(frame: pd.DataFrame, folder: Path, plain: Html | str = "") -> Html:
         folder: where the studies' files and pictures are; only pictures that exist there are shown.
         plain: what a reader without JavaScript sees instead.
     """
-    rows = [_explored(row, Path(folder)) for row in frame.to_dict("records")]
+    pictures = {(path.parent.name, path.stem) for path in Path(folder).glob("*/*.png")}
+    rows = [_explored(row, pictures) for row in frame.to_dict("records")]
     columns = {name: _packed([row[name] for row in rows]) for name in (*EXPLORED, "case", "error", "picture")}
     data = {
         "rows": len(rows),
@@ -321,10 +322,10 @@ def _packed(values: list) -> list | dict[str, list]:
     return {"values": list(places)} | ({} if len(places) == len(values) else codes)
 
 
-def _explored(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _explored(row: dict[str, Any], pictures: set[tuple[str, str]]) -> dict[str, Any]:
     """The values of one record: scores are means over its images, rounded to what is shown."""
     settings = _settings(row)
-    picture = row["status"] == "ok" and (folder / str(row["study"]) / f"{row['key']}.png").is_file()
+    picture = row["status"] == "ok" and (row["study"], row["key"]) in pictures
     values = row | {
         "above": _above(row),
         "tv": settings.get("tv"),

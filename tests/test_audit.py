@@ -125,6 +125,32 @@ def test_attacks_see_no_truth(monkeypatch):
     assert len(seen) == 2 and held == [] and all(obs.labels is None and obs.auxiliary is None for obs in seen)
 
 
+def test_a_server_never_holds_the_private_images(monkeypatch):
+    given, plant = [], RobbingTheFed.plant
+    monkeypatch.setattr(
+        RobbingTheFed, "plant", lambda self, m, s, aux, rng: given.append(aux) or plant(self, m, s, aux, rng)
+    )
+    for channels in (3, 2):
+        private = Batch(torch.rand(4, channels, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4))
+        net = models.wrap(nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, 5)), num_classes=5)
+        audit(net, (channels, 8, 8), images=private, steps=1)
+    assert given and not any(
+        torch.equal(image, own_image) for aux in given for image in aux.images for own_image in private.images
+    )
+
+
+def test_what_is_not_there_or_does_not_fit_is_refused_before_the_budget_is_spent(tmp_path):
+    pair = Batch(torch.rand(4, 3, 9, 9), torch.arange(4))
+    with pytest.raises(ValueError, match="give image_shape, or resize"):
+        audit(own("dense"), SHAPE, images=pair, steps=1)
+    with pytest.raises(ValueError, match="give the update too"):
+        audit(own("dense"), SHAPE, labels=torch.tensor([1]), steps=1)
+    with pytest.raises(ValueError, match="an audit needs steps"):
+        audit(own("dense"), SHAPE, steps=0)
+    with pytest.raises(ValueError, match="name the page"):
+        write(tmp_path / "report.json", "", {})
+
+
 def test_the_same_audit_gives_the_same_numbers(dense):
     again = audit(own("dense"), SHAPE, name="mine", steps=3)
     numbers = [[{**f.numbers, "spent": None} for f in report.findings] for report in (dense, again)]

@@ -25,6 +25,7 @@ from docutils.core import publish_doctree
 import gi_lib
 from gi_lib.pages import BOARD, EXPLORED
 from gi_lib.results import export
+from tests.test_plots import explored as unpacked
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = cells.chapters()
@@ -89,13 +90,14 @@ def test_code_is_narrow(path):
 
 @each_chapter
 def test_first_cells(path):
-    """A title, then the same install and parameters cells everywhere."""
+    """A title, then the same install, parameters and checked cells everywhere."""
     nb = notebook(path)
     assert re.match(r"# \S", source(nb["cells"][0])), "a notebook begins with '# TITLE'"
     code = [cell for cell in nb["cells"] if cell["cell_type"] == "code"]
     for cell, name, text in (
         (code[0], "install", cells.install(cells.address())),
         (code[1], "parameters", cells.PARAMETERS),
+        (code[2], "checked", cells.CHECKED),
     ):
         assert cell["id"] == name
         assert source(cell) == text, "run `make cells`"
@@ -214,6 +216,8 @@ def test_one_target_changes_the_address_everywhere(tmp_path):
 def test_public_address_follows_from_the_repository():
     assert website.public_address("https://github.com/Some-body/else.js") == "https://some-body.github.io/else.js/"
     assert website.public_address("https://github.com/me/Me.github.io") == "https://me.github.io/"
+    for address in ("https://github.com/Some-body/else.js", "https://github.com/me/Me.github.io"):
+        assert cells.site(address) == website.public_address(address)
     with pytest.raises(website.ConfigError, match="make repository"):
         website.public_address("https://example.org/me/book")
 
@@ -419,15 +423,7 @@ def test_browser_asks_no_other_host(origin, tmp_path, path):
 
 def explored(site):
     """The records that the page holds, as dicts."""
-    text = (site / "book/explorer.html").read_text()
-    data = json.loads(re.search(r'<script type="application/json">(.*?)</script>', text, re.DOTALL)[1])
-    columns = {}
-    for name, column in data["columns"].items():
-        if isinstance(column, dict):
-            values = [*column["values"], None]
-            column = [values[code] for code in column.get("codes", range(data["rows"]))]
-        columns[name] = column
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return unpacked((site / "book/explorer.html").read_text())[0]
 
 
 def test_explorer_holds_all_records_and_a_table_for_readers_without_scripts(site):
@@ -539,4 +535,7 @@ def test_workflows_are_pinned_and_write_no_more_than_they_must(path):
         assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", use) for use in uses)
         assert {right for right, how in job.get("permissions", {}).items() if how == "write"} == may.get(name, set())
         runs = "\n".join(step.get("run", "") for step in job["steps"])
+        assert (
+            name != "notebooks" or job["if"] == "github.ref == 'refs/heads/main'"
+        )  # all badges lead to what it writes
         assert name not in may or not re.search(r"\b(python3?|bash|make|docker|gi)\b|\./", runs)

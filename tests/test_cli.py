@@ -621,7 +621,7 @@ def test_audit_on_images_of_ones_own_and_of_a_model_with_its_own_classes(mine):
     facts = written["facts"]
     assert written["made"]["simulated on"] == "3 images of your own"
     assert {f["numbers"]["chance"] for f in written["findings"] if f["numbers"]["kind"] == "images"} == {1 / 31}
-    assert facts["images"] == "3 x 8 x 8, 6 classes" and facts["defense"] == "GaussianNoise(std=0)"
+    assert facts["images"] == "3 x 8 x 8, 6 classes" and facts["defense of simulated clients"] == "GaussianNoise(std=0)"
 
 
 def test_an_audit_that_can_not_run_says_so_in_its_report(gi):

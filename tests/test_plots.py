@@ -238,7 +238,7 @@ def test_picture_grid_shows_each_image_with_its_own_numbers(study):
 
 def explored(page):
     """The rows that the explorer's page holds, as dicts, and the rest of its data."""
-    data = json.loads(str(page).partition('json">')[2].partition("</script>")[0])
+    data = json.loads(re.search(r'<script type="application/json">(.*?)</script>', str(page), re.DOTALL)[1])
     columns = {}
     for name, column in data["columns"].items():
         if isinstance(column, dict):

@@ -257,14 +257,6 @@ def test_a_wrong_parameter_gets_a_sentence(wrong, said):
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("path", cells.chapters(), ids=lambda path: path.stem)
-def test_every_chapter_checks_its_parameters(path):
-    """Behind the parameters cell, and so behind what papermill injects after it."""
-    found = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
-    assert [cell["id"] for cell in found[:3]] == ["install", "parameters", "checked"], "run `make cells`"
-    assert "".join(found[2]["source"]) == cells.CHECKED, "run `make cells`"
-
-
 # --- encodings
 
 

@@ -1,14 +1,18 @@
 """The map of the field: its data file against the bibliography, the chapters and the records, and its page."""
 
+import base64
 import codecs
 import importlib.util
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import latexcodec  # noqa: F401  (the codec `ulatex`; pybtex brings it)
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from gi_lib import results
 from gi_lib.attacks import ATTACKS
@@ -155,5 +159,11 @@ def test_each_card_of_the_opening_picture_shows_private_gradient_and_rebuilt_and
     for card in cards:
         assert re.findall(r"<figcaption>(\w+)", card) == ["private", "gradient", "rebuilt"]
         assert len(re.findall(r'<img [^>]*alt="[^"]+" src="data:image/png;base64,', card)) == 3
+        sent = re.findall(r'base64,([^"]+)"', card)
+        private, _, rebuilt = (np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))) / 255 for one in sent)
+        said = [float(number) for number in re.search(r"rebuilt, (\d+) and (\d+) dB", card).groups()]
+        for mine, theirs, decibels in zip(np.split(private, 2, 1), np.split(rebuilt, 2, 1), said, strict=True):
+            error = ((mine - theirs) ** 2).mean()  # of 8 bits: 0 where the decibels are many
+            assert decibels > 50 if error == 0 else abs(-10 * np.log10(error) - decibels) < 0.7
         (link,) = Page(card).links
         assert link in anchors or (ROOT / "book" / f"{link.removesuffix('.html')}.ipynb").is_file()

@@ -166,8 +166,6 @@ class Techniques(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         root = Path(self.env.srcdir)
         data, works, records = root / "book/techniques.yaml", root / "book/references.bib", root / "results"
-        for path in (data, works, *records.glob("*.jsonl")):
-            self.env.note_dependency(str(path))
         field = yaml.safe_load(data.read_text(encoding="utf-8"))
         if self.arguments[0] == "timeline":
             page = "" if self.env.docname == PAGE else self.uri(PAGE)

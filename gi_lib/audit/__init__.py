@@ -144,9 +144,12 @@ def write(path: str | Path, html: str, values: dict[str, Any]) -> Path:
     """Write a report and the JSON beside it, each whole or not at all; returns where the JSON is.
 
     Raises:
+        ValueError: the page would have the name of the JSON.
         OSError: they can't be written; then what was there before is still there.
     """
     path = Path(path)
+    if path.suffix == ".json":
+        raise ValueError(f"{path} would be the page and its JSON at once: name the page {path.with_suffix('.html')}")
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = {path: html, path.with_suffix(".json"): json.dumps(values, indent=1, ensure_ascii=False) + "\n"}
     parts = {where: where.with_name(f".{where.name}.{os.getpid()}.part") for where in texts}
@@ -272,11 +275,18 @@ def audit(
             the budget is too small for any search; the sentence says the least.
     """
     shape = check_shape(image_shape)
-    for what, number in (("batch_size", batch_size), ("clients", clients)):
+    for what, number in (("batch_size", batch_size), ("clients", clients), ("steps", 1 if steps is None else steps)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"an audit needs {what}, a whole number >= 1, got {number!r}")
     if isinstance(budget, bool) or not budget > 0 or not math.isfinite(budget):
         raise ValueError(f"an audit needs a budget in seconds, a finite number > 0, got {budget!r}")
+    if labels is not None and update is None:
+        raise ValueError("labels are those of a recorded update: give the update too")
+    if images is not None and tuple(images.images.shape[1:]) != shape:
+        raise ValueError(
+            f"the images are {list(images.images.shape[1:])} and the model takes {list(shape)}: give image_shape, or"
+            " resize the images"
+        )
     batch_size = batch_size if labels is None else len(labels)
     public = public_images(shape)
     own = None if images is None else Pictures(images.images, images.labels, f"{len(images)} images of your own")
@@ -466,9 +476,9 @@ def _proven(obs: Observation) -> list[int]:
 
 
 def _chance(truth: Tensor, classes: int) -> float:
-    """Expected share of the labels that as many guesses at random find."""
-    guesses = torch.randint(classes, (500, len(truth)), generator=torch.Generator().manual_seed(0))
-    return sum(metrics.label_accuracy(guess, truth) for guess in guesses) / len(guesses)
+    """Expected share of the labels that as many guesses at random find; as those of the rules, they don't repeat."""
+    order = torch.rand(500, classes, generator=torch.Generator().manual_seed(0)).argsort(1)
+    return sum(metrics.label_accuracy(guess, truth) for guess in order[:, : len(truth)]) / len(order)
 
 
 def _counted(case: _Case, budget: float) -> Finding:
@@ -481,7 +491,10 @@ def _counted(case: _Case, budget: float) -> Finding:
         why = "it is counted for one step of a simulated client"
     elif equations >= unknowns:
         assert case.simulated[0].truth is not None
-        found = rank(case.model, case.simulated[0].truth, seconds=RANK_SHARE * budget)
+        try:
+            found = rank(case.model, case.simulated[0].truth, seconds=RANK_SHARE * budget)
+        except (ValueError, RuntimeError) as error:  # a model that is not one in float64
+            why = str(error)
     evidence = f"{equations:,} numbers of the update are not zero, for {unknowns:,} unknown pixels"
     answer, sure = "open", "more equations than unknowns are necessary, and not sufficient: they may repeat each other"
     if equations < unknowns:
@@ -516,10 +529,10 @@ def _closed_form(case: _Case) -> list[Finding]:
 def _malicious(case: _Case) -> list[Finding]:
     """An imprint before the model. It has to be planted before the round, so that clients are simulated."""
     attack, results = RobbingTheFed(), []
-    public = public_images(case.shape, split="train") or case.pictures
+    public = public_images(case.shape, split="train")
     try:
         if public is None or not case.simulated:
-            raise NotApplicableError("it is planted before the round, and there are no images to simulate a client")
+            raise NotApplicableError("it needs public images, and clients simulated on others, before the round")
         for i, target in enumerate(case.simulated):
             assert target.truth is not None
             rng = torch.Generator().manual_seed(case.seed + i)
@@ -564,7 +577,8 @@ def _searches(case: _Case, end: float, steps: int | None) -> list[Finding]:
     for search in _battery(case.targets[0].see(ThreatModel())):
         for target in case.targets:
             try:
-                obs, search.told[:] = _seen(search.make(1), target)
+                obs, told = _seen(search.make(1), target)
+                search.told += [fact for fact in told if fact not in search.told]
                 search.seen.append((target, obs))
             except NotApplicableError as error:
                 case.untried.append((f"{search.name} on the {target.name}", str(error)))
@@ -626,21 +640,25 @@ def _seen(attack: Any, target: _Target) -> tuple[Observation, list[str]]:
     except NotApplicableError:
         obs = target.see(dataclasses.replace(threat, knows_labels=True))
         obs.need(attack)
-        told.append(THE_LABELS)
-    return obs, told
+    return obs, told + ([THE_LABELS] if obs.labels is not None else [])
 
 
 def _images(case: _Case, question: str, results: Sequence[_Result], attacker: str, spent: str) -> Finding:
     """What the reconstructions of one attack say."""
     scored = [r.scores for r in results if r.scores]
     total = sum(len(r.target.truth) for r in results if r.target.truth is not None)
-    chance = 1.0 if case.candidates is None else 1 / len(case.candidates)
+    # A picture is compared with that of its batch which it is nearest to: of a batch there are as many tries.
+    chance = 1.0 if case.candidates is None else min(1.0, case.batch_size / len(case.candidates))
     identified, recovered = (sum(sum(scores[kind]) for scores in scored) for kind in ("identified", "recovered"))
     above = [p - f for scores in scored for p, f in zip(scores["psnr"], scores["floor"], strict=True) if p == p]
     said = []
     answer, sure = "not found", f"not established, by {spent}: more of it or another attack may find them"
     if total:
-        mean = f"on the mean {sum(above) / len(above):+.1f} dB from the floor" if above else "nothing came back"
+        mean = (
+            f"on the mean {sum(above) / len(above):+.1f} dB from the floor, over the {len(above)} that came back"
+            if above
+            else "nothing came back"
+        )
         said.append(
             f"simulated clients: {identified} of {total} images identified (chance {chance:.1%}),"
             f" {recovered} recovered, {mean}"
@@ -655,6 +673,8 @@ def _images(case: _Case, question: str, results: Sequence[_Result], attacker: st
             said.append(_unscored(result.rec, [r.rec for r in results if r.rec is not None and r.scores]))
             if result.rec.notes.get("certified"):
                 answer, sure = "leaks", "certain: the gradient of what came back is the recorded update"
+    if results and all(result.failed for result in results):
+        answer, sure = "not tried", "every run failed"
     numbers = {"kind": "images", "identified": identified, "recovered": recovered, "images": total, "chance": chance}
     numbers |= {"above_floor": above, "spent": spent}
     pictures = tuple(shown for r in results if (shown := _shown(r)) is not None)

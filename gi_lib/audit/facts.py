@@ -67,7 +67,8 @@ def picture_uri(rows: Sequence[Images]) -> str:
 
 
 def rank(model: Classifier, batch: Batch, seconds: float) -> int | None:
-    """Rank of the Jacobian of one step's gradient in the images' pixels, in float64; None where it takes longer.
+    """Rank of the Jacobian of one step's gradient in the images' pixels, in float64; None where the derivatives take
+    longer.
 
     n + MARGIN random combinations of the gradient's entries are differentiated in the n pixels: their rank is that of
     all entries, almost surely, up to the tolerance of torch.linalg.matrix_rank.
@@ -134,7 +135,7 @@ def facts_of(
             "the update is their mean" if obs.batch_size != 1 else "nothing to mix",
         ),
         (
-            "defense",
+            "defense of simulated clients",
             "none" if defense is None else str(defense),
             "what leaks, leaks undefended" if defense is None else "the attacker is not told of it",
         ),
@@ -158,7 +159,10 @@ def _first_layer(obs: Observation) -> tuple[str, str]:
     first = ran[0]
     bias = "with" if getattr(first, "bias", None) is not None else "without"
     if isinstance(first, nn.Linear):
-        return f"{type(first).__name__}, {bias} bias", "dense: with a bias, one image is a ratio of its gradients"
+        return (
+            f"{type(first).__name__}, {bias} bias",
+            "dense: with a bias, its input for one image is a ratio of its gradients",
+        )
     if isinstance(first, nn.Conv2d):
         kernel = "x".join(map(str, first.kernel_size))
         return f"{type(first).__name__} {kernel}, {bias} bias", "it mixes patches: no closed form here applies"

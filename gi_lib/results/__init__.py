@@ -304,8 +304,14 @@ def compact(path: Path) -> int:
                 raise ValueError(f"{path}:{number}: this line is not a record; restore the file") from error
         if len(newest) < len(lines):
             temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-            temporary.write_bytes(b"".join(newest.values()) + torn)
-            temporary.replace(path)
+            try:
+                with temporary.open("wb") as file:
+                    file.write(b"".join(newest.values()) + torn)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
         return len(lines) - len(newest)
 
 
