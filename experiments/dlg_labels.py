@@ -10,7 +10,7 @@ from gi_lib.bench import Case
 DATASETS = (("mnist", None), ("cifar100", None), ("faces", 32))
 
 CASES = [
-    Case(DLG(steps=100), "lenet", dataset, indices=(i,), size=size, seed=i, profile="survey", stage=7)
+    Case(DLG(steps=100), "lenet", dataset, indices=(i,), size=size, seed=i, profile="survey", stage=3)
     for i in range(100)
     for dataset, size in DATASETS
 ]

@@ -19,7 +19,7 @@ TARGETS = (  # model, weights, steps, images, stage of the queue
     ("resnet20", "cifar10_resnet20", 500, 8, 6),
     ("resnet20", None, 1500, 16, 6),
     ("resnet20", "cifar10_resnet20", 1500, 16, 6),
-    ("resnet20_4", None, 300, 8, 6),
+    ("resnet20_4", None, 300, 8, 4),
     ("resnet20_4", None, 1000, 8, 7),
 )
 

@@ -29,17 +29,20 @@ class Cell:
 TUNING = results.by_key(Path(__file__).parents[1] / "results" / "tuning.jsonl")
 ALL = [(model, dataset) for model in protocol.MODELS for dataset in protocol.DATASETS]
 CIFAR10 = [(model, "cifar10") for model in protocol.MODELS]
+OTHERS = [pair for pair in ALL if pair not in CIFAR10]
 WANTED = (  # technique, its attack, setting, rung, stage of the queue, cells
     ("bias_ratio", BiasRatio(), "default", 1, 1, ALL),
     ("inverting_gradients", InvertingGradients(), "tuned", 1, 1, ALL),
     ("inverting_gradients", InvertingGradients(), "tuned", 2, 2, ALL),
     ("inverting_gradients", InvertingGradients(), "default", 2, 2, CIFAR10),
-    ("inverting_gradients", InvertingGradients(), "default", 2, 4, [pair for pair in ALL if pair not in CIFAR10]),
+    ("inverting_gradients", InvertingGradients(), "default", 2, 4, OTHERS),
     ("inverting_gradients", InvertingGradients(), "tuned", 3, 5, CIFAR10),
-    ("dlg", DLG(), "default", 1, 6, [pair for pair in ALL if pair[0] in protocol.LARGE]),
-    ("dlg", DLG(), "default", 2, 6, [pair for pair in ALL if pair[0] in protocol.SMALL]),
-    ("idlg", IDLG(), "default", 1, 6, [pair for pair in ALL if pair[0] in protocol.LARGE]),
-    ("idlg", IDLG(), "default", 2, 6, [pair for pair in ALL if pair[0] in protocol.SMALL]),
+    *(
+        (name, attack, "default", rung, 3 if pairs is CIFAR10 else 6, [pair for pair in pairs if pair[0] in models])
+        for name, attack in (("dlg", DLG()), ("idlg", IDLG()))
+        for pairs in (CIFAR10, OTHERS)
+        for rung, models in ((1, protocol.LARGE), (2, protocol.SMALL))
+    ),
 )
 
 PLAN = []
