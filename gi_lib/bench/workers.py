@@ -1,6 +1,7 @@
 """Worker processes for a study, which outlive a case that kills one, and end with their parent."""
 
 import contextlib
+import ctypes
 import io
 import multiprocessing
 import os
@@ -32,7 +33,7 @@ class Pool(Executor):
         self._processes = ProcessPool(workers, context=context, initializer=_start_worker)
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future:
-        return self._processes.schedule(fn, args=args, kwargs=kwargs, timeout=self.limit)
+        return self._processes.schedule(_trimmed, args=(fn, *args), kwargs=kwargs, timeout=self.limit)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._processes.stop() if cancel_futures else self._processes.close()
@@ -60,6 +61,15 @@ def pool(workers: int, limit: float | None = None) -> Iterator[Pool]:
         processes.shutdown(cancel_futures=True)
         raise
     processes.shutdown()
+
+
+def _trimmed(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """fn(...); then glibc gives back what it keeps, which cases of many sizes would leave in ever more pieces."""
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _start_worker() -> None:
