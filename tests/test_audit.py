@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gi_lib import Batch, Client, data, models
+from gi_lib import Batch, Client, Reconstruction, data, evaluate, models, observe
 from gi_lib.attacks import BiasRatio, GradInversion, RobbingTheFed
-from gi_lib.audit import ANSWERS, Audit, Finding, audit, failed_page, granted, write
+from gi_lib.audit import ANSWERS, Audit, Finding, audit, granted, write, write_failure
 from gi_lib.audit.facts import public_images, rank
 from gi_lib.defenses import DPSGD, GaussianNoise
 
@@ -243,4 +243,51 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path):
         write(tmp_path / "deep" / "r.html", "other", {"not for JSON": object()})
     assert (tmp_path / "deep" / "r.html").read_bytes() == before
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["r.html", "r.json"]
-    assert "The audit did not run." in failed_page("net", "because")
+    (tmp_path / "deep" / "s.json").mkdir()
+    with pytest.raises(OSError):
+        write(tmp_path / "deep" / "s.html", "a page", {})
+    assert not (tmp_path / "deep" / "s.html").exists()
+
+
+def test_a_failure_is_written_where_no_report_of_an_earlier_audit_is(tmp_path):
+    page = tmp_path / "r.html"
+    assert write_failure(page, "net", "because") and "The audit did not run." in page.read_text(encoding="utf-8")
+    assert write_failure(page, "net", "again") and "again" in page.read_text(encoding="utf-8")
+    report = page_of("leaks")
+    write(page, report.page(), report.as_dict())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert not write_failure(page, "net", "because")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    page.with_suffix(".json").unlink()
+    assert not write_failure(page, "net", "because")
+
+
+def test_what_an_attack_returns_that_is_no_image_fails_that_attack_alone(monkeypatch):
+    broken = Reconstruction(torch.zeros(1, 3, 4, 4), None, 0.0)
+    monkeypatch.setattr(BiasRatio, "__call__", lambda self, obs, rng: broken)
+    found = asked(audit(own("dense"), SHAPE, steps=1, clients=1))
+    formula = found["Does a formula give the images"]
+    assert formula.answer == "not tried" and "of one size" in formula.evidence
+    assert "0 of 1 images" in found["Does a search find the images"].evidence
+
+
+def test_an_audit_scores_as_a_study_does(dense):
+    """One judge: what the report says of an image, metrics.evaluate says."""
+    public = public_images(SHAPE)
+    batch = public.batch(torch.randperm(28, generator=torch.Generator().manual_seed(0))[:1], 5)
+    obs = observe(own("dense"), batch, rng=torch.Generator().manual_seed(0))
+    rec = BiasRatio()(obs, torch.Generator().manual_seed(0))
+    scores = evaluate(rec, batch, candidates=public.images)
+    found = asked(dense)["Does a formula give the images"]
+    assert found.numbers["above_floor"][0] == pytest.approx((scores.psnr - scores.floor).item())
+    assert scores.identified.tolist() == [True] and found.numbers["identified"] == 2
+
+
+def test_chance_counts_the_pictures_that_came_back():
+    report = audit(own("dense"), SHAPE, steps=1, clients=2, batch_size=4)
+    planted = asked(report)["What does a server get that changes the model"]
+    search = asked(report)["Does a search find the images"]
+    assert search.numbers["chance"] == 4 / 28
+    assert 0 < planted.numbers["chance"] <= 1 and planted.numbers["chance"] * 28 * 2 == pytest.approx(
+        round(planted.numbers["chance"] * 28 * 2)
+    )

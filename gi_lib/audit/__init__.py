@@ -7,6 +7,7 @@ scored after they have ended.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -37,11 +38,12 @@ from gi_lib.types import (
     NotApplicableError,
     Observation,
     Reconstruction,
+    Scores,
     WithheldError,
     check_shape,
 )
 
-__all__ = ["ANSWERS", "Audit", "Finding", "audit", "failed_page", "granted", "write"]
+__all__ = ["ANSWERS", "Audit", "Finding", "audit", "granted", "write", "write_failure"]
 
 ANSWERS = ("leaks", "leaks in part", "not found", "not tried")
 """From the worst. None of them says "safe"."""
@@ -151,6 +153,8 @@ def write(path: str | Path, html: str, values: dict[str, Any]) -> Path:
     if path.suffix == ".json":
         raise ValueError(f"{path} would be the page and its JSON at once: name the page {path.with_suffix('.html')}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.with_suffix(".json").is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder has the name of the numbers", str(path.with_suffix(".json")))
     texts = {path: html, path.with_suffix(".json"): json.dumps(values, indent=1, ensure_ascii=False) + "\n"}
     parts = {where: where.with_name(f".{where.name}.{os.getpid()}.part") for where in texts}
     try:
@@ -164,9 +168,25 @@ def write(path: str | Path, html: str, values: dict[str, Any]) -> Path:
     return path.with_suffix(".json")
 
 
-def failed_page(name: str, reason: str) -> str:
-    """The page of an audit that could not run."""
-    return page.failed(name, reason)
+def write_failure(path: str | Path, name: str, reason: str) -> bool:
+    """Write the page of an audit that could not run, and its JSON, unless a report is there; returns whether it was.
+
+    Only what an audit that could not run has left there is replaced.
+
+    Raises:
+        OSError: they can't be written.
+    """
+    path = Path(path)
+    beside = path.with_suffix(".json")
+    if path.exists() or beside.exists():
+        try:
+            earlier = json.loads(beside.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        if not isinstance(earlier, dict) or earlier.keys() != {"name", "error"}:
+            return False
+    write(path, page.failed(name, reason), {"name": name, "error": reason})
+    return True
 
 
 def granted(attack: Any, *, labels: bool = False, details: bool = False) -> ThreatModel:
@@ -199,8 +219,8 @@ class _Result:
 
     target: _Target
     rec: Reconstruction | None
+    scores: Scores | None = None
     failed: str = ""
-    scores: dict[str, list] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -406,27 +426,13 @@ def _step_seconds(attack: Any, obs: Observation, seed: int) -> float:
 
 def _run(case: _Case, attack: Any, target: _Target, obs: Observation) -> _Result:
     try:
-        rec = attack(obs, torch.Generator().manual_seed(case.seed))
+        rec, truth = attack(obs, torch.Generator().manual_seed(case.seed)), target.truth
+        scores = None if truth is None else metrics.evaluate(rec, truth, candidates=case.candidates)
     except NotApplicableError:
         raise
     except (ArithmeticError, ValueError, RuntimeError) as error:
         return _Result(target, None, failed=str(error))
-    return _Result(target, rec, scores={} if target.truth is None else _scored(rec.images, target.truth, case))
-
-
-def _scored(images: Images, truth: Batch, case: _Case) -> dict[str, list]:
-    """One value an image of the truth; the attack has ended."""
-    images, own = images.detach().cpu().clamp(0, 1), truth.images
-    matched = metrics.align(images, own)
-    hit, floor = matched >= 0, metrics.floor(own)
-    psnr = torch.full((len(own),), torch.nan, dtype=torch.float64)
-    found = torch.zeros(len(own), dtype=torch.bool)
-    if hit.any() and case.candidates is not None:
-        psnr[hit] = metrics.psnr(images[matched[hit]], own[hit])
-        found[hit] = metrics.identified(images[matched[hit]], own[hit], case.candidates)
-    values = {"psnr": psnr, "floor": floor, "identified": found, "matched": matched}
-    values["recovered"] = psnr >= floor + metrics.RECOVERED
-    return {name: value.tolist() for name, value in values.items()}
+    return _Result(target, rec, scores)
 
 
 def _labels(case: _Case) -> Finding:
@@ -645,12 +651,13 @@ def _seen(attack: Any, target: _Target) -> tuple[Observation, list[str]]:
 
 def _images(case: _Case, question: str, results: Sequence[_Result], attacker: str, spent: str) -> Finding:
     """What the reconstructions of one attack say."""
-    scored = [r.scores for r in results if r.scores]
+    scored = [r.scores for r in results if r.scores is not None]
     total = sum(len(r.target.truth) for r in results if r.target.truth is not None)
-    # A picture is compared with that of its batch which it is nearest to: of a batch there are as many tries.
-    chance = 1.0 if case.candidates is None else min(1.0, case.batch_size / len(case.candidates))
-    identified, recovered = (sum(sum(scores[kind]) for scores in scored) for kind in ("identified", "recovered"))
-    above = [p - f for scores in scored for p, f in zip(scores["psnr"], scores["floor"], strict=True) if p == p]
+    chances = [metrics.chance(1 / len(case.candidates), s.returned) for s in scored if case.candidates is not None]
+    chance = sum(chances) / max(1, len(chances))  # all batches are of one size
+    identified = sum(int(s.identified.sum()) for s in scored if s.identified is not None)
+    recovered = sum(int(s.recovered.sum()) for s in scored)
+    above = [v for s in scored for v in (s.psnr - s.floor)[s.matched >= 0].tolist()]
     said = []
     answer, sure = "not found", f"not established, by {spent}: more of it or another attack may find them"
     if total:
@@ -670,7 +677,7 @@ def _images(case: _Case, question: str, results: Sequence[_Result], attacker: st
         if result.failed:
             said.append(f"{result.target.name}: failed, {result.failed}")
         elif result.target.truth is None and result.rec is not None:
-            said.append(_unscored(result.rec, [r.rec for r in results if r.rec is not None and r.scores]))
+            said.append(_unscored(result.rec, [r.rec for r in results if r.rec is not None and r.scores is not None]))
             if result.rec.notes.get("certified"):
                 answer, sure = "leaks", "certain: the gradient of what came back is the recorded update"
     if results and all(result.failed for result in results):
@@ -697,12 +704,12 @@ def _shown(result: _Result) -> tuple[str, str] | None:
     if result.rec is None or not len(result.rec.images) or result.rec.images.shape[1] not in (1, 3):
         return None
     images = result.rec.images.detach().cpu().clamp(0, 1)
-    if result.target.truth is None:
+    if result.target.truth is None or result.scores is None:
         return f"{result.target.name}: rebuilt", picture_uri([images[:SHOWN]])
-    own, matched = result.target.truth.images, torch.tensor(result.scores["matched"])
+    own, matched = result.target.truth.images, result.scores.matched
     ordered = torch.zeros_like(own)
-    ordered[matched >= 0] = images[matched[matched >= 0]]
-    decibels = ", ".join(f"{v:.1f} dB" if v == v else "missed" for v in result.scores["psnr"][:SHOWN])
+    ordered[matched >= 0] = images[matched[matched >= 0]].to(own.dtype)
+    decibels = ", ".join(f"{v:.1f} dB" if v == v else "missed" for v in result.scores.psnr[:SHOWN].tolist())
     return f"{result.target.name}: private above, rebuilt below; {decibels}", picture_uri(
         [own[:SHOWN], ordered[:SHOWN]]
     )
