@@ -305,7 +305,9 @@ def audit(
             f"--out names the page, and a JSON is written beside it: {out.with_suffix('.html')}, not {out}"
         )
     if folders := [path for path in (out, out.with_suffix(".json")) if path.is_dir()]:
-        raise ValueError(f"--out names the page and the JSON beside it, and {folders[0]} is a folder; name another file")
+        raise ValueError(
+            f"--out names the page and the JSON beside it, and {folders[0]} is a folder; name another file"
+        )
     try:
         found = _audited(
             model, update, images, weights, classes, (channels, size, size), labels, train, device,
