@@ -155,7 +155,7 @@ def identified(reconstructed: Tensor, truth: Tensor, candidates: Tensor) -> Foun
 
 
 def found(images: Tensor, matched: Permutation, truth: Tensor, candidates: Tensor) -> Found:
-    """Whether each image of the truth is identified by the one of `images` that `align` gave it; a missed one is not."""
+    """Whether each image of the truth is identified by the one of `images` that `align` gave it; no missed one is."""
     hit = matched >= 0
     values = torch.zeros(len(truth), dtype=torch.bool)
     if hit.any():

@@ -1,17 +1,22 @@
 """An audit: what it finds where the answer is known, what it refuses, and what it writes."""
 
+import base64
+import dataclasses
+import io
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 from gi_lib import Batch, Client, Reconstruction, data, evaluate, models, observe
 from gi_lib.attacks import BiasRatio, GradInversion, RobbingTheFed
 from gi_lib.audit import ANSWERS, Audit, Finding, audit, granted, write, write_failure
-from gi_lib.audit.facts import public_images, rank
+from gi_lib.audit.facts import picture_uri, public_images, rank
 from gi_lib.defenses import DPSGD, GaussianNoise
 
 SHAPE = (3, 8, 8)
@@ -232,6 +237,51 @@ def test_a_page_asks_nobody_and_escapes_what_it_is_given(answer):
     assert "care &amp; more" in page
     assert page.startswith("<!doctype html>") and 'name="viewport"' in page and "color-scheme" in page
     assert page.count("<h1>") == 1 and "<h1" not in page_of(answer)._repr_html_()
+
+
+def found(answer, kind="images", change="", pictures=(), **numbers):
+    return Finding(kind, answer, "sure", "evidence", "A", {"kind": kind} | numbers, pictures, change)
+
+
+def test_the_first_screen_says_what_leaks_how_sure_that_is_and_what_to_change():
+    picture = (("a caption", "data:y"), ("another", "data:z"))
+    report = Audit(
+        "net",
+        (),
+        (
+            found("leaks", "labels", "Labels: less."),
+            found("leaks", change="Server: less.", pictures=(("the server's", "data:x"),), malicious=True),
+            found("leaks in part", change="Search: less.", pictures=picture),
+            found("not found", change="Nothing: more."),
+        ),
+        (),
+        (),
+        {},
+    )
+    assert report.answer == "leaks in part" and report.shown == picture[:1]
+    assert report.advice[:3] == ("Labels: less.", "Server: less.", "Search: less.") and "DP-SGD" in report.advice[3]
+    assert report.as_dict()["what_to_change"] == list(report.advice)
+    top = report.page().partition("What leaks, and how")[0].partition("<p class='gi-said")[2]
+    assert top.startswith(" gi-part'>Exposed in part") and "data:y" in top and "data:z" not in top
+    assert re.findall("<b>(.*?)</b>", top) == ["leaks", "leaks", "leaks in part", "not found"]
+    assert re.findall("<li>(.*?)</li>", top) == list(report.advice)
+    blind = dataclasses.replace(report, findings=report.findings[3:])
+    assert (blind.answer, blind.shown, blind.advice[0]) == ("not found", (), "Nothing: more.")
+    assert dataclasses.replace(report, findings=()).answer == "not tried"
+
+
+def test_every_finding_that_can_leak_says_what_to_change(dense):
+    assert all(f.change for f in dense.findings if f.numbers["kind"] != "count")
+    assert dense.advice[1].startswith("First layer") and dense.advice[2].startswith("The server")
+    assert dense.shown == asked(dense)["Does a formula give the images"].pictures[:1]
+
+
+def test_a_picture_keeps_private_and_rebuilt_apart():
+    uri = picture_uri([torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)])
+    image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    pixels = torch.from_numpy(np.array(image.convert("L")))
+    assert pixels.unique().tolist() == [0, 128, 255]
+    assert (pixels[[0, 5, 6, 11]] == 128).all() and (pixels[1:5, 1:5] == 0).all() and (pixels[7:11, 7:11] == 255).all()
 
 
 def test_a_report_is_written_whole_or_not_at_all(tmp_path):

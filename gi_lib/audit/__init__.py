@@ -33,7 +33,6 @@ from gi_lib.results.verdicts import beyond_chance
 from gi_lib.types import (
     Batch,
     Classifier,
-    Images,
     Needs,
     NotApplicableError,
     Observation,
@@ -57,6 +56,22 @@ RANK_SHARE = 0.2
 """Of the budget, that counting the rank may take."""
 FEDSGD = Client()
 THE_LABELS = "the labels"
+STATISTICS = "the batch's batch-norm statistics"
+BOUND = "Where a bound is needed whoever attacks: DP-SGD, with accounting over all rounds. Nothing else here gives one."
+TO_CHANGE = {
+    "labels": "Labels: let secure aggregation add the clients' updates before the server sees one. Then it learns the"
+    " classes of all clients together.",
+    "formula": "First layer: let a convolution see the pixels, in place of a dense layer with a bias, whose gradients"
+    " give its input by a division.",
+    "server": "The server: let clients compare the model that they get with the one that was agreed on, and refuse any"
+    " other.",
+    "search": "Images: give each client more of them in a step, and aggregate over clients, so that nobody sees the"
+    " update of a few.",
+    "statistics": "Batch norm: keep the running statistics at the client.",
+    "nothing": "Nothing found is not nothing there: audit again with more time (--budget), weights as in your rounds"
+    " (--weights) and images of your own (--images).",
+}
+"""What to change where something leaks, or where nothing was found."""
 CANDIDATES = 500
 """The most images among which a reconstruction must find its original, to count as identified."""
 
@@ -73,6 +88,7 @@ class Finding:
         attacker: what the attacker must know or do, with the letter of the threat model.
         numbers: the same numbers, for the JSON.
         pictures: caption and data URI.
+        change: what makes the answer better, or surer.
     """
 
     question: str
@@ -82,6 +98,12 @@ class Finding:
     attacker: str
     numbers: dict[str, Any] = field(default_factory=dict)
     pictures: tuple[tuple[str, str], ...] = ()
+    change: str = ""
+
+    @property
+    def leaks(self) -> bool:
+        """Whether something was shown to leak, at least in part."""
+        return self.answer in ANSWERS[:2]
 
 
 @dataclass(frozen=True)
@@ -105,19 +127,38 @@ class Audit:
     made: dict[str, str]
 
     @property
+    def answer(self) -> str:
+        """The worst of ANSWERS that was found on images, of a server that is honest."""
+        honest = [f for f in self.findings if f.numbers.get("kind") == "images" and not f.numbers.get("malicious")]
+        return min((f.answer for f in honest), key=ANSWERS.index, default="not tried")
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What to change: of each finding that leaks, else of those that found nothing."""
+        leaking = [f.change for f in self.findings if f.leaks and f.change]
+        looked = [f.change for f in self.findings if f.answer == "not found" and f.change]
+        return (*dict.fromkeys(leaking or looked), BOUND)
+
+    @property
+    def shown(self) -> tuple[tuple[str, str], ...]:
+        """The pictures of the worst that was found: of an honest server, if images leak to one."""
+        leaking = [f for f in self.findings if f.leaks and f.pictures]
+        ranked = sorted(leaking, key=lambda f: (bool(f.numbers.get("malicious")), ANSWERS.index(f.answer)))
+        return ranked[0].pictures[:1] if ranked else ()
+
+    @property
     def headline(self) -> str:
         """One sentence: the worst that was found of an honest server, and of one that changes the model."""
-        honest = [f for f in self.findings if f.numbers.get("kind") == "images" and not f.numbers.get("malicious")]
         said = {
             "leaks": "Exposed: images come back from the update",
             "leaks in part": "Exposed in part: some of an image comes back from the update",
             "not found": "No image was found within this budget, which proves nothing beyond it",
             "not tried": "No attack on the images could be run",
-        }[min((f.answer for f in honest), key=ANSWERS.index, default="not tried")]
+        }[self.answer]
         more = []
-        if any(f.answer in ANSWERS[:2] for f in self.findings if f.numbers.get("kind") == "labels"):
+        if any(f.leaks for f in self.findings if f.numbers.get("kind") == "labels"):
             more.append("labels leak")
-        if any(f.answer in ANSWERS[:2] for f in self.findings if f.numbers.get("malicious")):
+        if any(f.leaks for f in self.findings if f.numbers.get("malicious")):
             more.append("a server that changes the model gets images")
         return f"{said}{'; ' if more else ''}{'; '.join(more)}."
 
@@ -127,6 +168,7 @@ class Audit:
         return {
             "name": self.name,
             "headline": self.headline,
+            "what_to_change": list(self.advice),
             "facts": {what: value for what, value, _ in self.facts},
             "findings": findings,
             "not_tried": dict(self.untried),
@@ -469,7 +511,7 @@ def _labels(case: _Case) -> Finding:
         answer = "leaks" if answer == "leaks" else "leaks in part"
         sure = "certain, if labels are hard and nothing was added: only a class that is there has a negative gradient"
     numbers = {"kind": "labels", "found": hits, "images": images, "chance": chance, "proven": proven}
-    return Finding(question, answer, sure, "; ".join(said), attacker, numbers)
+    return Finding(question, answer, sure, "; ".join(said), attacker, numbers, change=TO_CHANGE["labels"])
 
 
 def _proven(obs: Observation) -> list[int]:
@@ -529,7 +571,7 @@ def _closed_form(case: _Case) -> list[Finding]:
             case.untried.append(("closed form (bias ratio)", str(error)))
             return []
     question = "Does a formula give the images? (bias ratio)"
-    return [_images(case, question, results, case.attacker(attack), "one division")]
+    return [_images(case, question, results, case.attacker(attack), "one division", "formula")]
 
 
 def _malicious(case: _Case) -> list[Finding]:
@@ -552,7 +594,7 @@ def _malicious(case: _Case) -> list[Finding]:
         return []
     attacker = f"a server that puts a layer of its own before the model, with public images ({granted(attack).letter})"
     question = "What does a server get that changes the model? (Robbing the Fed)"
-    found = _images(case, question, results, attacker, "one subtraction")
+    found = _images(case, question, results, attacker, "one subtraction", "server")
     return [dataclasses.replace(found, numbers=found.numbers | {"malicious": True})]
 
 
@@ -604,7 +646,9 @@ def _searches(case: _Case, end: float, steps: int | None) -> list[Finding]:
         results = [_run(case, search.make(n), target, obs) for target, obs in search.seen]
         spent = f"{n:,} steps on each update, {time.perf_counter() - begun:.0f} s in all"
         question = f"Does a search find the images? ({search.name})"
-        findings.append(_images(case, question, results, case.attacker(search.make(1), search.told), spent))
+        attacker = case.attacker(search.make(1), search.told)
+        by = "statistics" if STATISTICS in search.told else "search"
+        findings.append(_images(case, question, results, attacker, spent, by))
     return findings
 
 
@@ -639,7 +683,7 @@ class _Search:
 def _seen(attack: Any, target: _Target) -> tuple[Observation, list[str]]:
     """What the attack is shown, and what it was told beyond the least; the labels, where no rule finds them."""
     threat = granted(attack)
-    told = ["the batch's batch-norm statistics"] if threat.knows_bn_stats else []
+    told = [STATISTICS] if threat.knows_bn_stats else []
     obs = target.see(threat)
     try:
         obs.need(attack)
@@ -649,8 +693,8 @@ def _seen(attack: Any, target: _Target) -> tuple[Observation, list[str]]:
     return obs, told + ([THE_LABELS] if obs.labels is not None else [])
 
 
-def _images(case: _Case, question: str, results: Sequence[_Result], attacker: str, spent: str) -> Finding:
-    """What the reconstructions of one attack say."""
+def _images(case: _Case, question: str, results: Sequence[_Result], attacker: str, spent: str, by: str) -> Finding:
+    """What the reconstructions of one attack say; `by` names what to change, in TO_CHANGE."""
     scored = [r.scores for r in results if r.scores is not None]
     total = sum(len(r.target.truth) for r in results if r.target.truth is not None)
     chances = [metrics.chance(1 / len(case.candidates), s.returned) for s in scored if case.candidates is not None]
@@ -662,7 +706,8 @@ def _images(case: _Case, question: str, results: Sequence[_Result], attacker: st
     answer, sure = "not found", f"not established, by {spent}: more of it or another attack may find them"
     if total:
         mean = (
-            f"on the mean {sum(above) / len(above):+.1f} dB from the floor, over the {len(above)} that came back"
+            f"on the mean {abs(sum(above)) / len(above):.1f} dB {'above' if sum(above) >= 0 else 'below'} the floor,"
+            f" over the {len(above)} that came back"
             if above
             else "nothing came back"
         )
@@ -685,7 +730,8 @@ def _images(case: _Case, question: str, results: Sequence[_Result], attacker: st
     numbers = {"kind": "images", "identified": identified, "recovered": recovered, "images": total, "chance": chance}
     numbers |= {"above_floor": above, "spent": spent}
     pictures = tuple(shown for r in results if (shown := _shown(r)) is not None)
-    return Finding(question, answer, sure, "; ".join(said), attacker, numbers, pictures)
+    change = TO_CHANGE[by if answer in ANSWERS[:2] else "nothing"]
+    return Finding(question, answer, sure, "; ".join(said), attacker, numbers, pictures, change)
 
 
 def _unscored(rec: Reconstruction, simulated: Sequence[Reconstruction]) -> str:

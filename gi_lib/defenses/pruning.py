@@ -15,11 +15,11 @@ class Pruning(Defense):
     """Sends zeros for all but the largest entries of each tensor, as the authors of DLG
     recommend (Zhu et al., NeurIPS 2019).
 
-    Of a tensor of n entries the floor(q n) of smallest magnitude become zero, the others
-    are sent as they are. The threshold is each tensor's own: a global one would leave
-    some layers without an entry. Entries as large as the threshold are all kept, so that
-    ties never drop at random: a tensor of equal magnitudes is sent whole, and one of
-    zeros stays one. Which entries are kept, the update itself shows.
+    Of a tensor of n entries the floor(q n) of smallest magnitude become zero, and the
+    others are sent as they are. The threshold is each tensor's own: a global one would
+    leave some layers without an entry. Entries as large as the threshold are all kept,
+    so that ties never drop at random: a tensor of equal magnitudes is sent whole, and
+    one of zeros stays one. Which entries are kept, the update itself shows.
 
     Args:
         share: q, in [0, 1); each tensor keeps one entry at least.

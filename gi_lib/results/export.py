@@ -101,8 +101,8 @@ COLUMNS: dict[str, Column] = {
         f"Whether the reconstruction is nearer to its image than to any other candidate of the split. {_ORDER}."
     ),
     "chance": Column(
-        "How often one picture of nothing would be identified: one over the candidates. Of several returned pictures, at"
-        " most as many times that; tables show it so.",
+        "How often one picture of nothing would be identified: one over the candidates. Of several returned pictures,"
+        " at most as many times that; tables show it so.",
         "share",
         0,
         1,
