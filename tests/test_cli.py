@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import gi_lib
 from gi_lib import bench, metrics, results
-from gi_lib.attacks import ATTACKS
+from gi_lib.attacks import ATTACKS, BiasRatio
 from gi_lib.cli import app, from_spec, parse_indices
 from gi_lib.data import DATASETS
 from gi_lib.defenses import DEFENSES
@@ -658,6 +658,22 @@ def test_a_failing_audit_is_a_sentence_and_spares_an_earlier_report(mine, argume
     assert done.exit_code == 2 and message in done.stderr and "an earlier audit is kept: audit.html" in done.stderr
     assert Path("audit.html").read_text() == "a report" and "Exposed" in Path("audit.json").read_text()
     assert not list(Path().glob(".*.part"))
+
+
+def test_an_audit_that_is_interrupted_writes_nothing(mine, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BiasRatio, "__call__", interrupted)
+    done = mine("audit", "mymodule:net", "--size", 8, "--steps", 1)
+    assert done.exit_code == 130 and not list(Path().glob("*audit*"))
+
+
+def test_an_audit_whose_report_has_a_folder_s_name_is_refused_at_once(mine):
+    Path("audit.json").mkdir()
+    done = mine("audit", "mymodule:net", "--size", 8)
+    assert done.exit_code == 2 and "audit.json is a folder; name another file" in done.stderr
+    assert not Path("audit.html").exists()
 
 
 def test_records_that_are_not_there_are_a_sentence(gi):

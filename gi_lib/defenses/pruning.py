@@ -12,8 +12,7 @@ from gi_lib.types import Gradient, Sent, real
 
 @dataclass(frozen=True)
 class Pruning(Defense):
-    """Sends zeros for all but the largest entries of each tensor, as the authors of DLG
-    recommend (Zhu et al., NeurIPS 2019).
+    """Sends only the largest entries of each tensor (Zhu et al., NeurIPS 2019).
 
     Of a tensor of n entries the floor(q n) of smallest magnitude become zero, and the
     others are sent as they are. The threshold is each tensor's own: a global one would
