@@ -258,7 +258,7 @@ def test_the_first_screen_says_what_leaks_how_sure_that_is_and_what_to_change():
         (),
         {},
     )
-    assert report.answer == "leaks in part" and report.shown == picture[:1]
+    assert report.answer == "leaks in part" and report.shown == (("images a caption", "data:y"),)
     assert report.advice[:3] == ("Labels: less.", "Server: less.", "Search: less.") and "DP-SGD" in report.advice[3]
     assert report.as_dict()["what_to_change"] == list(report.advice)
     top = report.page().partition("What leaks, and how")[0].partition("<p class='gi-said")[2]
@@ -267,13 +267,16 @@ def test_the_first_screen_says_what_leaks_how_sure_that_is_and_what_to_change():
     assert re.findall("<li>(.*?)</li>", top) == list(report.advice)
     blind = dataclasses.replace(report, findings=report.findings[3:])
     assert (blind.answer, blind.shown, blind.advice[0]) == ("not found", (), "Nothing: more.")
+    half = dataclasses.replace(report, findings=(report.findings[1], report.findings[3]))
+    assert half.answer == "not found" and half.advice[:2] == ("Server: less.", "Nothing: more.")
     assert dataclasses.replace(report, findings=()).answer == "not tried"
 
 
 def test_every_finding_that_can_leak_says_what_to_change(dense):
     assert all(f.change for f in dense.findings if f.numbers["kind"] != "count")
     assert dense.advice[1].startswith("First layer") and dense.advice[2].startswith("The server")
-    assert dense.shown == asked(dense)["Does a formula give the images"].pictures[:1]
+    ((caption, uri),), (first, *_) = dense.shown, asked(dense)["Does a formula give the images"].pictures
+    assert (caption, uri) == (f"Does a formula give the images? (bias ratio) {first[0]}", first[1])
 
 
 def test_a_picture_keeps_private_and_rebuilt_apart():

@@ -134,17 +134,17 @@ class Audit:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """What to change: of each finding that leaks, else of those that found nothing."""
+        """What to change: of each finding that leaks, and how to look again where no images were found."""
         leaking = [f.change for f in self.findings if f.leaks and f.change]
-        looked = [f.change for f in self.findings if f.answer == "not found" and f.change]
-        return (*dict.fromkeys(leaking or looked), BOUND)
+        again = [f.change for f in self.findings if f.answer == self.answer == "not found" and f.change]
+        return (*dict.fromkeys(leaking + again), BOUND)
 
     @property
     def shown(self) -> tuple[tuple[str, str], ...]:
         """The pictures of the worst that was found: of an honest server, if images leak to one."""
         leaking = [f for f in self.findings if f.leaks and f.pictures]
         ranked = sorted(leaking, key=lambda f: (bool(f.numbers.get("malicious")), ANSWERS.index(f.answer)))
-        return ranked[0].pictures[:1] if ranked else ()
+        return tuple((f"{f.question} {caption}", uri) for f in ranked[:1] for caption, uri in f.pictures[:1])
 
     @property
     def headline(self) -> str:
