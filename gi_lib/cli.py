@@ -186,7 +186,7 @@ def attack(
     import dataclasses
     import json
 
-    from gi_lib import Client, bench, provenance, results
+    from gi_lib import Client, bench, metrics, provenance, results
     from gi_lib.attacks import ATTACKS
     from gi_lib.audit import granted
     from gi_lib.data import FOLDER_SIZE
@@ -236,9 +236,11 @@ def attack(
         f"PSNR {mean['psnr']} dB, the image's mean colour {mean['floor']}; SSIM {mean['ssim']}, LPIPS {mean['lpips']},"
         f" MSE {mean['mse']}, labels {'unknown' if labels_found is None else format(labels_found, '.0%')}"
     )
+    one, returned = record["chance"], record["returned"]
+    assert one is not None and returned is not None
     print(
         f"recovered {record['recall']:.0%}, identified {_mean(record['identified'], '.0%')} (chance"
-        f" {record['chance']:.1%}); returned {record['returned']} of {record['batch_size']} images"
+        f" {metrics.chance(one, returned):.1%}); returned {returned} of {record['batch_size']} images"
     )
     loss = "unknown" if record["loss"] is None else f"{record['loss']:.2e}"
     print(
@@ -302,15 +304,19 @@ def audit(
         raise ValueError(
             f"--out names the page, and a JSON is written beside it: {out.with_suffix('.html')}, not {out}"
         )
+    if folders := [path for path in (out, out.with_suffix(".json")) if path.is_dir()]:
+        raise ValueError(
+            f"--out names the page and the JSON beside it, and {folders[0]} is a folder; name another file"
+        )
     try:
         found = _audited(
             model, update, images, weights, classes, (channels, size, size), labels, train, device,
             batch_size=batch_size, local_steps=local_steps, local_lr=local_lr, defense=defense, clients=clients,
             budget=budget, steps=steps, seed=seed,
         )  # fmt: skip
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        auditing.write(out, auditing.failed_page(model, reason), {"name": model, "error": reason})
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if not auditing.write_failure(out, model, " ".join(str(error).split())):
+            _complain(f"the report of an earlier audit is kept: {out}")
         raise
     beside = auditing.write(out, found.page(), found.as_dict())
     width = shutil.get_terminal_size((100, 0)).columns

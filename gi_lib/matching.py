@@ -64,6 +64,12 @@ def cosine(simulated: Gradient, observed: Gradient) -> Scalar:
     return 1 - ab * scale
 
 
+def cosine_on_support(simulated: Gradient, observed: Gradient) -> Scalar:
+    """`cosine` over the entries of which the observed gradient is not zero: of an update that was pruned, the others
+    say nothing."""
+    return cosine({name: torch.where(g != 0, simulated[name], 0) for name, g in observed.items()}, observed)
+
+
 Vectors = Sequence[Float[Tensor, " _"]]
 
 

@@ -154,6 +154,30 @@ def identified(reconstructed: Tensor, truth: Tensor, candidates: Tensor) -> Foun
     return own <= nearest * (1 + 1e-9)  # the true image is a candidate too, whose sum may be rounded otherwise
 
 
+def found(images: Tensor, matched: Permutation, truth: Tensor, candidates: Tensor) -> Found:
+    """Whether each image of the truth is identified by the one of `images` that `align` gave it; no missed one is."""
+    hit = matched >= 0
+    values = torch.zeros(len(truth), dtype=torch.bool)
+    if hit.any():
+        values[hit] = identified(images[matched[hit]].clamp(0, 1), truth[hit], candidates)
+    return values
+
+
+def chance(of_one: float, returned: int) -> float:
+    """How often a private image is identified at most, where pictures that tell nothing of it are returned.
+
+    Each picture has one nearest candidate, and each of N candidates is the private image as often as any other. R
+    pictures have at most R nearest ones, so the image is among them with probability min(1, R / N) at most. Identified
+    is one of them only if it is matched with such a picture. Pictures that are all alike come to 1 / N; eight of noise
+    among 100 candidates to about .07.
+
+    Args:
+        of_one: 1 / N, for N candidates, of which the image is one.
+        returned: R, not the batch size: an attack may return more pictures or fewer.
+    """
+    return min(1.0, of_one * returned)
+
+
 def label_accuracy(predicted: Tensor, truth: Tensor) -> float:
     """Share of the true labels that were found, order aside: |predicted and truth, as multisets| / B."""
     for labels in (predicted, truth):
@@ -167,7 +191,12 @@ def label_accuracy(predicted: Tensor, truth: Tensor) -> float:
 
 
 def evaluate(
-    reconstruction: Reconstruction, batch: Batch, *, root: str | Path | None = None, download: bool = False
+    reconstruction: Reconstruction,
+    batch: Batch,
+    *,
+    candidates: Tensor | None = None,
+    root: str | Path | None = None,
+    download: bool = False,
 ) -> Scores:
     """Score a reconstruction against the true batch.
 
@@ -176,6 +205,7 @@ def evaluate(
     than there are, the rest is missed, and has no value. A metric that does not apply to the images is None.
 
     Args:
+        candidates: [N, C, H, W], among which each reconstruction must find its own image to count as identified.
         root: where LPIPS looks for its weights; see `data.root`.
         download: let torchvision download AlexNet for LPIPS, where the data root has no weights.
 
@@ -207,6 +237,7 @@ def evaluate(
         returned=len(images),
         label_accuracy=None if reconstruction.labels is None else label_accuracy(reconstruction.labels, batch.labels),
         matched=matched,
+        identified=None if candidates is None else found(images, matched, truth, candidates),
     )
 
 

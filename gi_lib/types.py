@@ -486,6 +486,7 @@ class Scores:
         returned: number of images that the attack returned, N.
         label_accuracy: share of the labels, as a multiset, that were found; None where none were returned.
         matched: int64, image `matched[i]` of the reconstruction goes with image i of the truth; -1 where it is missed.
+        identified: whether no candidate is nearer to the reconstruction than its own image; None without candidates.
     """
 
     mse: Tensor
@@ -497,6 +498,7 @@ class Scores:
     returned: int
     label_accuracy: float | None
     matched: Tensor
+    identified: Tensor | None = None
 
     @property
     def recall(self) -> float:

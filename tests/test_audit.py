@@ -1,17 +1,22 @@
 """An audit: what it finds where the answer is known, what it refuses, and what it writes."""
 
+import base64
+import dataclasses
+import io
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from gi_lib import Batch, Client, data, models
+from gi_lib import Batch, Client, Reconstruction, data, evaluate, models, observe
 from gi_lib.attacks import BiasRatio, GradInversion, RobbingTheFed
-from gi_lib.audit import ANSWERS, Audit, Finding, audit, failed_page, granted, write
-from gi_lib.audit.facts import public_images, rank
+from gi_lib.audit import ANSWERS, Audit, Finding, audit, granted, write, write_failure
+from gi_lib.audit.facts import picture_uri, public_images, rank
 from gi_lib.defenses import DPSGD, GaussianNoise
 
 SHAPE = (3, 8, 8)
@@ -234,6 +239,54 @@ def test_a_page_asks_nobody_and_escapes_what_it_is_given(answer):
     assert page.count("<h1>") == 1 and "<h1" not in page_of(answer)._repr_html_()
 
 
+def found(answer, kind="images", change="", pictures=(), **numbers):
+    return Finding(kind, answer, "sure", "evidence", "A", {"kind": kind} | numbers, pictures, change)
+
+
+def test_the_first_screen_says_what_leaks_how_sure_that_is_and_what_to_change():
+    picture = (("a caption", "data:y"), ("another", "data:z"))
+    report = Audit(
+        "net",
+        (),
+        (
+            found("leaks", "labels", "Labels: less."),
+            found("leaks", change="Server: less.", pictures=(("the server's", "data:x"),), malicious=True),
+            found("leaks in part", change="Search: less.", pictures=picture),
+            found("not found", change="Nothing: more."),
+        ),
+        (),
+        (),
+        {},
+    )
+    assert report.answer == "leaks in part" and report.shown == (("images a caption", "data:y"),)
+    assert report.advice[:3] == ("Labels: less.", "Server: less.", "Search: less.") and "DP-SGD" in report.advice[3]
+    assert report.as_dict()["what_to_change"] == list(report.advice)
+    top = report.page().partition("What leaks, and how")[0].partition("<p class='gi-said")[2]
+    assert top.startswith(" gi-part'>Exposed in part") and "data:y" in top and "data:z" not in top
+    assert re.findall("<b>(.*?)</b>", top) == ["leaks", "leaks", "leaks in part", "not found"]
+    assert re.findall("<li>(.*?)</li>", top) == list(report.advice)
+    blind = dataclasses.replace(report, findings=report.findings[3:])
+    assert (blind.answer, blind.shown, blind.advice[0]) == ("not found", (), "Nothing: more.")
+    half = dataclasses.replace(report, findings=(report.findings[1], report.findings[3]))
+    assert half.answer == "not found" and half.advice[:2] == ("Server: less.", "Nothing: more.")
+    assert dataclasses.replace(report, findings=()).answer == "not tried"
+
+
+def test_every_finding_that_can_leak_says_what_to_change(dense):
+    assert all(f.change for f in dense.findings if f.numbers["kind"] != "count")
+    assert dense.advice[1].startswith("First layer") and dense.advice[2].startswith("The server")
+    ((caption, uri),), (first, *_) = dense.shown, asked(dense)["Does a formula give the images"].pictures
+    assert (caption, uri) == (f"Does a formula give the images? (bias ratio) {first[0]}", first[1])
+
+
+def test_a_picture_keeps_private_and_rebuilt_apart():
+    uri = picture_uri([torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)])
+    image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    pixels = torch.from_numpy(np.array(image.convert("L")))
+    assert pixels.unique().tolist() == [0, 128, 255]
+    assert (pixels[[0, 5, 6, 11]] == 128).all() and (pixels[1:5, 1:5] == 0).all() and (pixels[7:11, 7:11] == 255).all()
+
+
 def test_a_report_is_written_whole_or_not_at_all(tmp_path):
     report = page_of("leaks")
     beside = write(tmp_path / "deep" / "r.html", report.page(), report.as_dict())
@@ -243,4 +296,51 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path):
         write(tmp_path / "deep" / "r.html", "other", {"not for JSON": object()})
     assert (tmp_path / "deep" / "r.html").read_bytes() == before
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["r.html", "r.json"]
-    assert "The audit did not run." in failed_page("net", "because")
+    (tmp_path / "deep" / "s.json").mkdir()
+    with pytest.raises(OSError):
+        write(tmp_path / "deep" / "s.html", "a page", {})
+    assert not (tmp_path / "deep" / "s.html").exists()
+
+
+def test_a_failure_is_written_where_no_report_of_an_earlier_audit_is(tmp_path):
+    page = tmp_path / "r.html"
+    assert write_failure(page, "net", "because") and "The audit did not run." in page.read_text(encoding="utf-8")
+    assert write_failure(page, "net", "again") and "again" in page.read_text(encoding="utf-8")
+    report = page_of("leaks")
+    write(page, report.page(), report.as_dict())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert not write_failure(page, "net", "because")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    page.with_suffix(".json").unlink()
+    assert not write_failure(page, "net", "because")
+
+
+def test_what_an_attack_returns_that_is_no_image_fails_that_attack_alone(monkeypatch):
+    broken = Reconstruction(torch.zeros(1, 3, 4, 4), None, 0.0)
+    monkeypatch.setattr(BiasRatio, "__call__", lambda self, obs, rng: broken)
+    found = asked(audit(own("dense"), SHAPE, steps=1, clients=1))
+    formula = found["Does a formula give the images"]
+    assert formula.answer == "not tried" and "of one size" in formula.evidence
+    assert "0 of 1 images" in found["Does a search find the images"].evidence
+
+
+def test_an_audit_scores_as_a_study_does(dense):
+    """One judge: what the report says of an image, metrics.evaluate says."""
+    public = public_images(SHAPE)
+    batch = public.batch(torch.randperm(28, generator=torch.Generator().manual_seed(0))[:1], 5)
+    obs = observe(own("dense"), batch, rng=torch.Generator().manual_seed(0))
+    rec = BiasRatio()(obs, torch.Generator().manual_seed(0))
+    scores = evaluate(rec, batch, candidates=public.images)
+    found = asked(dense)["Does a formula give the images"]
+    assert found.numbers["above_floor"][0] == pytest.approx((scores.psnr - scores.floor).item())
+    assert scores.identified.tolist() == [True] and found.numbers["identified"] == 2
+
+
+def test_chance_counts_the_pictures_that_came_back():
+    report = audit(own("dense"), SHAPE, steps=1, clients=2, batch_size=4)
+    planted = asked(report)["What does a server get that changes the model"]
+    search = asked(report)["Does a search find the images"]
+    assert search.numbers["chance"] == 4 / 28
+    assert 0 < planted.numbers["chance"] <= 1 and planted.numbers["chance"] * 28 * 2 == pytest.approx(
+        round(planted.numbers["chance"] * 28 * 2)
+    )

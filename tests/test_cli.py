@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import gi_lib
 from gi_lib import bench, metrics, results
-from gi_lib.attacks import ATTACKS
+from gi_lib.attacks import ATTACKS, BiasRatio
 from gi_lib.cli import app, from_spec, parse_indices
 from gi_lib.data import DATASETS
 from gi_lib.defenses import DEFENSES
@@ -629,3 +629,55 @@ def test_an_audit_that_can_not_run_says_so_in_its_report(gi):
     assert done.exit_code == 2
     assert "there is no net in a module nowhere" in Path("report.html").read_text(encoding="utf-8")
     assert "there is no net" in json.loads(Path("report.json").read_text(encoding="utf-8"))["error"]
+
+
+BAD = [
+    (["nowhere:net"], "there is no net in a module nowhere"),
+    (["broken:net"], "the module broken can't be imported: SyntaxError"),
+    (["leaving:net"], "the module leaving can't be imported: SystemExit: 3"),
+    (["mymodule:net", "--update", "other.safetensors"], "the update does not fit the model"),
+    (["mymodule:net", "--update", "nothing.safetensors"], "nothing.safetensors is not a readable safetensors file"),
+    (["mymodule:net", "--budget", "1e-9"], "a budget of 1e-09 s is too small for any search"),
+    (["mymodule:net", "--images", "nothing"], "there is no image and no folder at nothing"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_a_failing_audit_is_a_sentence_and_spares_an_earlier_report(mine, arguments, message):
+    Path("broken.py").write_text("def net(:")
+    Path("leaving.py").write_text("raise SystemExit(3)")
+    save_file({"0.weight": torch.zeros(2)}, "other.safetensors")
+    line = ("audit", *arguments, "--classes", 4, "--size", 8)
+    (found,) = [text for text in mine(*line).stderr.splitlines() if text.startswith("gi: ")]
+    assert message in found
+    assert message in json.loads(Path("audit.json").read_text(encoding="utf-8"))["error"]
+    assert "The audit did not run." in Path("audit.html").read_text(encoding="utf-8")
+    Path("audit.html").write_text("a report")
+    Path("audit.json").write_text('{"name": "net", "headline": "Exposed"}')
+    done = mine(*line)
+    assert done.exit_code == 2 and message in done.stderr and "an earlier audit is kept: audit.html" in done.stderr
+    assert Path("audit.html").read_text() == "a report" and "Exposed" in Path("audit.json").read_text()
+    assert not list(Path().glob(".*.part"))
+
+
+def test_an_audit_that_is_interrupted_writes_nothing(mine, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BiasRatio, "__call__", interrupted)
+    done = mine("audit", "mymodule:net", "--size", 8, "--steps", 1)
+    assert done.exit_code == 130 and not list(Path().glob("*audit*"))
+
+
+def test_an_audit_whose_report_has_a_folder_s_name_is_refused_at_once(mine):
+    Path("audit.json").mkdir()
+    done = mine("audit", "mymodule:net", "--size", 8)
+    assert done.exit_code == 2 and "audit.json is a folder; name another file" in done.stderr
+    assert not Path("audit.html").exists()
+
+
+def test_records_that_are_not_there_are_a_sentence(gi):
+    for command in ("table", "score"):
+        done = gi(command, "nothing.jsonl")
+        assert done.exit_code == 2 and "nothing.jsonl" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not Path("nothing.jsonl").exists()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from fractions import Fraction
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from gi_lib import SGD, Adam, Batch, Client, Observation, ThreatModel, WithheldError, loss_gradient, models, observe
 from gi_lib.attacks import InvertingGradients
 from gi_lib.copies import attackers_copy
-from gi_lib.defenses import DPSGD, Defense, GaussianNoise
+from gi_lib.defenses import DPSGD, Defense, GaussianNoise, Pruning
 from gi_lib.execution import lift
 
 
@@ -396,6 +397,41 @@ def test_defenses_act_where_they_say(rng):
 
 
 @pytest.mark.filterwarnings("ignore")  # of Opacus
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.99])
+def test_pruning_keeps_the_largest_entries_of_each_tensor(share):
+    model, batch = build("lenet"), Batch(images(2), torch.tensor([0, 1]))
+    plain = observe(model, batch, rng=torch.Generator().manual_seed(0)).gradient
+    pruned = observe(model, batch, defense=Pruning(share), rng=torch.Generator().manual_seed(0)).gradient
+    for name, g in plain.items():
+        entries, sent = g.flatten(), pruned[name].flatten()
+        order = entries.abs().argsort(stable=True)
+        dropped = min(int(Fraction(str(share)) * len(entries)), len(entries) - 1)
+        assert len(entries.unique()) == len(entries), "ties would be kept"
+        assert (sent[order[:dropped]] == 0).all() and sent[order[dropped:]].equal(entries[order[dropped:]])
+    apart = sum((plain[name] - g).square().sum() for name, g in pruned.items()).sqrt()
+    whole = sum(g.square().sum() for g in plain.values()).sqrt()
+    assert (apart == 0) if share == 0 else (0 < apart < whole * share**0.5)
+
+
+def test_pruning_keeps_ties_and_zeros_and_single_entries():
+    some = {
+        "ties": [2.0, -2.0, 1.0, 2.0],
+        "equal": [1.0, 1.0],
+        "zeros": [0.0, 0.0],
+        "one": [3.0],
+        "sparse": [0.0, 0.0, 5.0],
+    }
+    pruned = Pruning(0.5).on_update({k: torch.tensor(v) for k, v in some.items()}, None, torch.Generator())
+    assert {k: v.tolist() for k, v in pruned.items()} == some | {"ties": [2.0, -2.0, 0.0, 2.0]}
+    assert Pruning(0.9).pruned(torch.tensor(-4.0)).item() == -4.0
+
+
+@pytest.mark.parametrize("share", [1, 1.5, -0.1, "half", float("nan")])
+def test_pruning_refuses_a_share_that_is_none(share):
+    with pytest.raises(ValueError, match="Pruning needs share"):
+        Pruning(share)
+
+
 def test_dp_sgd_is_opacus_on_the_same_noise():
     from opacus import GradSampleModule
     from opacus.optimizers import DPOptimizer

@@ -492,3 +492,38 @@ def test_an_image_is_identified_when_no_candidate_is_nearer(rng):
     near, far = (pool[3] + 0.01).clamp(0, 1), pool[7]
     found = metrics.identified(torch.stack([near, far, pool[5]]), pool[[3, 4, 5]], pool)
     assert found.tolist() == [True, False, True]
+
+
+def test_evaluate_identifies_what_it_matched(rng):
+    pool = torch.rand(20, 1, 6, 6, generator=rng)
+    rebuilt = torch.stack([pool[7], (pool[3] + 0.01).clamp(0, 1)])
+    truth = Batch(pool[[3, 4, 7]], torch.tensor([0, 1, 2]))
+    scores = metrics.evaluate(Reconstruction(rebuilt, None, 0.0), truth, candidates=pool)
+    assert scores.identified.tolist() == [True, False, True] and scores.matched.tolist() == [1, -1, 0]
+    assert metrics.evaluate(Reconstruction(rebuilt, None, 0.0), truth).identified is None
+    nothing = metrics.evaluate(Reconstruction(rebuilt[:0], None, 0.0), truth, candidates=pool)
+    assert nothing.identified.tolist() == [False] * 3
+
+
+@pytest.mark.parametrize(("size", "returned"), [(1, 1), (8, 8), (8, 3), (4, 16)])
+def test_chance_bounds_what_pictures_of_nothing_identify(rng, size, returned):
+    """Noise, which is about as diverse as pictures get: the bound holds, and is no more than a third too high."""
+    pool, rounds = torch.rand(100, 3, 8, 8, generator=rng), 4000 // size
+    hits = 0
+    for _ in range(rounds):
+        truth = pool[torch.randperm(100, generator=rng)[:size]]
+        noise = torch.rand(returned, 3, 8, 8, generator=rng)
+        hits += int(metrics.found(noise, metrics.align(noise, truth), truth, pool).sum())
+    share, bound = hits / (rounds * size), metrics.chance(1 / 100, returned)
+    error = 3 * (bound / (rounds * size)) ** 0.5
+    assert 0.6 * bound - error < share < bound + error
+
+
+def test_chance_of_pictures_that_are_all_alike_is_that_of_one(rng):
+    pool = torch.rand(40, 3, 4, 4, generator=rng)
+    hits = 0
+    for _ in range(400):
+        truth, grey = pool[torch.randperm(40, generator=rng)[:8]], torch.full((8, 3, 4, 4), 0.5)
+        hits += int(metrics.found(grey, metrics.align(grey, truth), truth, pool).sum())
+    assert 0.015 < hits / 3200 <= 0.035  # one in 40
+    assert metrics.chance(1 / 40, 8) == 0.2 and metrics.chance(1 / 40, 50) == 1.0 and metrics.chance(1 / 40, 0) == 0.0

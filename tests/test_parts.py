@@ -5,7 +5,7 @@ import torch
 
 from gi_lib import Batch, labels, models, observe
 from gi_lib.copies import bn_statistics
-from gi_lib.matching import cosine, layer_l2, norm, squared_l2
+from gi_lib.matching import cosine, cosine_on_support, layer_l2, norm, squared_l2
 from gi_lib.parametrisations import Pixels, TanhBox
 from gi_lib.priors import l2, statistics_distance, total_variation
 from gi_lib.types import WithheldError
@@ -35,6 +35,18 @@ def test_cosine_ignores_scale_and_survives_small_and_zero_gradients(rng):
     torch.testing.assert_close(cosine(small, tiny), cosine(mine, theirs))
     zero = {name: torch.zeros_like(g) for name, g in mine.items()}
     assert cosine(zero, theirs).item() == 1
+
+
+def test_cosine_on_the_support_looks_at_no_entry_that_was_pruned(rng):
+    mine, theirs = gradients(rng)
+    pruned = {name: torch.where(g.abs() > 0.5, g, 0) for name, g in theirs.items()}
+    kept = torch.cat([(g != 0).flatten() for g in pruned.values()])
+    a, b = (torch.cat([g.flatten() for g in some.values()])[kept] for some in (mine, theirs))
+    assert 0.1 < kept.double().mean() < 0.9
+    expected = 1 - torch.nn.functional.cosine_similarity(a, b, dim=0).item()
+    assert cosine_on_support(mine, pruned).item() == pytest.approx(expected, rel=1e-5)
+    assert cosine_on_support(theirs, pruned).item() == pytest.approx(0, abs=1e-6)
+    assert cosine(theirs, pruned).item() > 1e-3
 
 
 def test_distances_are_zero_only_at_the_gradient(rng):

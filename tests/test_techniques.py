@@ -68,6 +68,45 @@ def test_the_year_and_the_first_author_are_those_of_the_cited_work(technique, en
     assert re.split(" et al| and |, ", technique["authors"])[0] == re.sub("[{}]", "", codecs.decode(first, "ulatex"))
 
 
+SECTIONS = {  # family -> the sections of book/field.md that are its own
+    "closed-form": ["Closed form"],
+    "matching": ["Gradient matching"],
+    "priors": ["Batch statistics and many seeds"],
+    "labels": ["Labels"],
+    "exact": ["Exact batches"],
+    "generative": ["Generative, untrained and diffusion priors"],
+    "learned": ["Learned inversion"],
+    "fedavg": ["Many local steps"],
+    "malicious": ["A malicious server"],
+    "transformers": ["Vision transformers"],
+    "defenses": ["Defenses", "A malicious server"],  # there, how a client notices
+}
+
+
+def cited():
+    """Section of book/field.md -> the keys that it cites."""
+    _, *parts = re.split(r"^## (.*)$", (ROOT / "book/field.md").read_text(), flags=re.MULTILINE)
+    found = {}
+    for heading, text in zip(parts[::2], parts[1::2], strict=True):
+        keys = ",".join(re.findall(r"\{cite:[pt]\}`([^`]*)`", text))
+        found[heading] = {key.strip() for key in keys.split(",")} - {""}
+    return found
+
+
+def test_each_family_has_its_sections_in_the_chapter_on_the_field():
+    assert SECTIONS.keys() == FIELD["families"].keys()
+    assert {section for own in SECTIONS.values() for section in own} <= cited().keys()
+
+
+@each
+def test_the_chapter_on_the_field_tells_of_a_technique_in_its_own_family(technique):
+    """Works that no section of a family cites are told of elsewhere: the history, surveys, the threat model."""
+    cites, mine = cited(), SECTIONS[technique["family"]]
+    of_families = {section for own in SECTIONS.values() for section in own}
+    where = [section for section in of_families if technique["bib"] in cites[section]]
+    assert not where or set(mine) & set(where), f"{technique['family']} here, there under {', '.join(where)}"
+
+
 @each
 def test_a_known_result_has_a_source_and_a_provenance(technique):
     fact = technique["known"]

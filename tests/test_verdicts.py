@@ -117,7 +117,7 @@ def test_the_best_of_several_is_reported_on_the_other_half():
 
 
 def test_images_are_those_of_the_records():
-    row = {"dataset": "d", "seed": 0, "chance": 0.002, "indices": [0, 1]}
+    row = {"dataset": "d", "seed": 0, "chance": 0.002, "returned": 1, "indices": [0, 1]}
     ok = {**row, "status": "ok", "psnr": [80.0, None], "floor": [10.0, 12.0], "identified": [True, False]}
     failed = {**row, "indices": [2], "status": "failed", "psnr": None, "floor": None, "identified": None}
     apart = {**failed, "indices": [3], "status": "not applicable"}
@@ -126,3 +126,5 @@ def test_images_are_those_of_the_records():
     assert found.above.tolist() == [pytest.approx(48.9), -12.0] and found.identified.tolist() == [True, False]
     floors = pd.Series({("d", 2, 0): 11.0})
     assert verdicts.images(frame, floors).above.tolist()[-1] == -11.0
+    assert found.chance == 0.002 and verdicts.images(frame.assign(returned=3)).chance == 0.006
+    assert np.isnan(verdicts.images(frame.iloc[1:]).chance)

@@ -7,6 +7,7 @@ scored after they have ended.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -32,16 +33,16 @@ from gi_lib.results.verdicts import beyond_chance
 from gi_lib.types import (
     Batch,
     Classifier,
-    Images,
     Needs,
     NotApplicableError,
     Observation,
     Reconstruction,
+    Scores,
     WithheldError,
     check_shape,
 )
 
-__all__ = ["ANSWERS", "Audit", "Finding", "audit", "failed_page", "granted", "write"]
+__all__ = ["ANSWERS", "Audit", "Finding", "audit", "granted", "write", "write_failure"]
 
 ANSWERS = ("leaks", "leaks in part", "not found", "not tried")
 """From the worst. None of them says "safe"."""
@@ -55,6 +56,22 @@ RANK_SHARE = 0.2
 """Of the budget, that counting the rank may take."""
 FEDSGD = Client()
 THE_LABELS = "the labels"
+STATISTICS = "the batch's batch-norm statistics"
+BOUND = "Where a bound is needed whoever attacks: DP-SGD, with accounting over all rounds. Nothing else here gives one."
+TO_CHANGE = {
+    "labels": "Labels: let secure aggregation add the clients' updates before the server sees one. Then it learns the"
+    " classes of all clients together.",
+    "formula": "First layer: let a convolution see the pixels, in place of a dense layer with a bias, whose gradients"
+    " give its input by a division.",
+    "server": "The server: let clients compare the model that they get with the one that was agreed on, and refuse any"
+    " other.",
+    "search": "Images: give each client more of them in a step, and aggregate over clients, so that nobody sees the"
+    " update of a few.",
+    "statistics": "Batch norm: keep the running statistics at the client.",
+    "nothing": "Nothing found is not nothing there: audit again with more time (--budget), weights as in your rounds"
+    " (--weights) and images of your own (--images).",
+}
+"""What to change where something leaks, or where nothing was found."""
 CANDIDATES = 500
 """The most images among which a reconstruction must find its original, to count as identified."""
 
@@ -71,6 +88,7 @@ class Finding:
         attacker: what the attacker must know or do, with the letter of the threat model.
         numbers: the same numbers, for the JSON.
         pictures: caption and data URI.
+        change: what makes the answer better, or surer.
     """
 
     question: str
@@ -80,6 +98,12 @@ class Finding:
     attacker: str
     numbers: dict[str, Any] = field(default_factory=dict)
     pictures: tuple[tuple[str, str], ...] = ()
+    change: str = ""
+
+    @property
+    def leaks(self) -> bool:
+        """Whether something was shown to leak, at least in part."""
+        return self.answer in ANSWERS[:2]
 
 
 @dataclass(frozen=True)
@@ -103,19 +127,38 @@ class Audit:
     made: dict[str, str]
 
     @property
+    def answer(self) -> str:
+        """The worst of ANSWERS that was found on images, of a server that is honest."""
+        honest = [f for f in self.findings if f.numbers.get("kind") == "images" and not f.numbers.get("malicious")]
+        return min((f.answer for f in honest), key=ANSWERS.index, default="not tried")
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What to change: of each finding that leaks, and how to look again where no images were found."""
+        leaking = [f.change for f in self.findings if f.leaks and f.change]
+        again = [f.change for f in self.findings if f.answer == self.answer == "not found" and f.change]
+        return (*dict.fromkeys(leaking + again), BOUND)
+
+    @property
+    def shown(self) -> tuple[tuple[str, str], ...]:
+        """The pictures of the worst that was found: of an honest server, if images leak to one."""
+        leaking = [f for f in self.findings if f.leaks and f.pictures]
+        ranked = sorted(leaking, key=lambda f: (bool(f.numbers.get("malicious")), ANSWERS.index(f.answer)))
+        return tuple((f"{f.question} {caption}", uri) for f in ranked[:1] for caption, uri in f.pictures[:1])
+
+    @property
     def headline(self) -> str:
         """One sentence: the worst that was found of an honest server, and of one that changes the model."""
-        honest = [f for f in self.findings if f.numbers.get("kind") == "images" and not f.numbers.get("malicious")]
         said = {
             "leaks": "Exposed: images come back from the update",
             "leaks in part": "Exposed in part: some of an image comes back from the update",
             "not found": "No image was found within this budget, which proves nothing beyond it",
             "not tried": "No attack on the images could be run",
-        }[min((f.answer for f in honest), key=ANSWERS.index, default="not tried")]
+        }[self.answer]
         more = []
-        if any(f.answer in ANSWERS[:2] for f in self.findings if f.numbers.get("kind") == "labels"):
+        if any(f.leaks for f in self.findings if f.numbers.get("kind") == "labels"):
             more.append("labels leak")
-        if any(f.answer in ANSWERS[:2] for f in self.findings if f.numbers.get("malicious")):
+        if any(f.leaks for f in self.findings if f.numbers.get("malicious")):
             more.append("a server that changes the model gets images")
         return f"{said}{'; ' if more else ''}{'; '.join(more)}."
 
@@ -125,6 +168,7 @@ class Audit:
         return {
             "name": self.name,
             "headline": self.headline,
+            "what_to_change": list(self.advice),
             "facts": {what: value for what, value, _ in self.facts},
             "findings": findings,
             "not_tried": dict(self.untried),
@@ -151,6 +195,8 @@ def write(path: str | Path, html: str, values: dict[str, Any]) -> Path:
     if path.suffix == ".json":
         raise ValueError(f"{path} would be the page and its JSON at once: name the page {path.with_suffix('.html')}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.with_suffix(".json").is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder has the name of the numbers", str(path.with_suffix(".json")))
     texts = {path: html, path.with_suffix(".json"): json.dumps(values, indent=1, ensure_ascii=False) + "\n"}
     parts = {where: where.with_name(f".{where.name}.{os.getpid()}.part") for where in texts}
     try:
@@ -164,9 +210,25 @@ def write(path: str | Path, html: str, values: dict[str, Any]) -> Path:
     return path.with_suffix(".json")
 
 
-def failed_page(name: str, reason: str) -> str:
-    """The page of an audit that could not run."""
-    return page.failed(name, reason)
+def write_failure(path: str | Path, name: str, reason: str) -> bool:
+    """Write the page of an audit that could not run, and its JSON, unless a report is there; returns whether it was.
+
+    Only what an audit that could not run has left there is replaced.
+
+    Raises:
+        OSError: they can't be written.
+    """
+    path = Path(path)
+    beside = path.with_suffix(".json")
+    if path.exists() or beside.exists():
+        try:
+            earlier = json.loads(beside.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        if not isinstance(earlier, dict) or earlier.keys() != {"name", "error"}:
+            return False
+    write(path, page.failed(name, reason), {"name": name, "error": reason})
+    return True
 
 
 def granted(attack: Any, *, labels: bool = False, details: bool = False) -> ThreatModel:
@@ -199,8 +261,8 @@ class _Result:
 
     target: _Target
     rec: Reconstruction | None
+    scores: Scores | None = None
     failed: str = ""
-    scores: dict[str, list] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -406,27 +468,13 @@ def _step_seconds(attack: Any, obs: Observation, seed: int) -> float:
 
 def _run(case: _Case, attack: Any, target: _Target, obs: Observation) -> _Result:
     try:
-        rec = attack(obs, torch.Generator().manual_seed(case.seed))
+        rec, truth = attack(obs, torch.Generator().manual_seed(case.seed)), target.truth
+        scores = None if truth is None else metrics.evaluate(rec, truth, candidates=case.candidates)
     except NotApplicableError:
         raise
     except (ArithmeticError, ValueError, RuntimeError) as error:
         return _Result(target, None, failed=str(error))
-    return _Result(target, rec, scores={} if target.truth is None else _scored(rec.images, target.truth, case))
-
-
-def _scored(images: Images, truth: Batch, case: _Case) -> dict[str, list]:
-    """One value an image of the truth; the attack has ended."""
-    images, own = images.detach().cpu().clamp(0, 1), truth.images
-    matched = metrics.align(images, own)
-    hit, floor = matched >= 0, metrics.floor(own)
-    psnr = torch.full((len(own),), torch.nan, dtype=torch.float64)
-    found = torch.zeros(len(own), dtype=torch.bool)
-    if hit.any() and case.candidates is not None:
-        psnr[hit] = metrics.psnr(images[matched[hit]], own[hit])
-        found[hit] = metrics.identified(images[matched[hit]], own[hit], case.candidates)
-    values = {"psnr": psnr, "floor": floor, "identified": found, "matched": matched}
-    values["recovered"] = psnr >= floor + metrics.RECOVERED
-    return {name: value.tolist() for name, value in values.items()}
+    return _Result(target, rec, scores)
 
 
 def _labels(case: _Case) -> Finding:
@@ -463,7 +511,7 @@ def _labels(case: _Case) -> Finding:
         answer = "leaks" if answer == "leaks" else "leaks in part"
         sure = "certain, if labels are hard and nothing was added: only a class that is there has a negative gradient"
     numbers = {"kind": "labels", "found": hits, "images": images, "chance": chance, "proven": proven}
-    return Finding(question, answer, sure, "; ".join(said), attacker, numbers)
+    return Finding(question, answer, sure, "; ".join(said), attacker, numbers, change=TO_CHANGE["labels"])
 
 
 def _proven(obs: Observation) -> list[int]:
@@ -523,7 +571,7 @@ def _closed_form(case: _Case) -> list[Finding]:
             case.untried.append(("closed form (bias ratio)", str(error)))
             return []
     question = "Does a formula give the images? (bias ratio)"
-    return [_images(case, question, results, case.attacker(attack), "one division")]
+    return [_images(case, question, results, case.attacker(attack), "one division", "formula")]
 
 
 def _malicious(case: _Case) -> list[Finding]:
@@ -546,7 +594,7 @@ def _malicious(case: _Case) -> list[Finding]:
         return []
     attacker = f"a server that puts a layer of its own before the model, with public images ({granted(attack).letter})"
     question = "What does a server get that changes the model? (Robbing the Fed)"
-    found = _images(case, question, results, attacker, "one subtraction")
+    found = _images(case, question, results, attacker, "one subtraction", "server")
     return [dataclasses.replace(found, numbers=found.numbers | {"malicious": True})]
 
 
@@ -598,7 +646,9 @@ def _searches(case: _Case, end: float, steps: int | None) -> list[Finding]:
         results = [_run(case, search.make(n), target, obs) for target, obs in search.seen]
         spent = f"{n:,} steps on each update, {time.perf_counter() - begun:.0f} s in all"
         question = f"Does a search find the images? ({search.name})"
-        findings.append(_images(case, question, results, case.attacker(search.make(1), search.told), spent))
+        attacker = case.attacker(search.make(1), search.told)
+        by = "statistics" if STATISTICS in search.told else "search"
+        findings.append(_images(case, question, results, attacker, spent, by))
     return findings
 
 
@@ -633,7 +683,7 @@ class _Search:
 def _seen(attack: Any, target: _Target) -> tuple[Observation, list[str]]:
     """What the attack is shown, and what it was told beyond the least; the labels, where no rule finds them."""
     threat = granted(attack)
-    told = ["the batch's batch-norm statistics"] if threat.knows_bn_stats else []
+    told = [STATISTICS] if threat.knows_bn_stats else []
     obs = target.see(threat)
     try:
         obs.need(attack)
@@ -643,19 +693,21 @@ def _seen(attack: Any, target: _Target) -> tuple[Observation, list[str]]:
     return obs, told + ([THE_LABELS] if obs.labels is not None else [])
 
 
-def _images(case: _Case, question: str, results: Sequence[_Result], attacker: str, spent: str) -> Finding:
-    """What the reconstructions of one attack say."""
-    scored = [r.scores for r in results if r.scores]
+def _images(case: _Case, question: str, results: Sequence[_Result], attacker: str, spent: str, by: str) -> Finding:
+    """What the reconstructions of one attack say; `by` names what to change, in TO_CHANGE."""
+    scored = [r.scores for r in results if r.scores is not None]
     total = sum(len(r.target.truth) for r in results if r.target.truth is not None)
-    # A picture is compared with that of its batch which it is nearest to: of a batch there are as many tries.
-    chance = 1.0 if case.candidates is None else min(1.0, case.batch_size / len(case.candidates))
-    identified, recovered = (sum(sum(scores[kind]) for scores in scored) for kind in ("identified", "recovered"))
-    above = [p - f for scores in scored for p, f in zip(scores["psnr"], scores["floor"], strict=True) if p == p]
+    chances = [metrics.chance(1 / len(case.candidates), s.returned) for s in scored if case.candidates is not None]
+    chance = sum(chances) / max(1, len(chances))  # all batches are of one size
+    identified = sum(int(s.identified.sum()) for s in scored if s.identified is not None)
+    recovered = sum(int(s.recovered.sum()) for s in scored)
+    above = [v for s in scored for v in (s.psnr - s.floor)[s.matched >= 0].tolist()]
     said = []
     answer, sure = "not found", f"not established, by {spent}: more of it or another attack may find them"
     if total:
         mean = (
-            f"on the mean {sum(above) / len(above):+.1f} dB from the floor, over the {len(above)} that came back"
+            f"on the mean {abs(sum(above)) / len(above):.1f} dB {'above' if sum(above) >= 0 else 'below'} the floor,"
+            f" over the {len(above)} that came back"
             if above
             else "nothing came back"
         )
@@ -670,7 +722,7 @@ def _images(case: _Case, question: str, results: Sequence[_Result], attacker: st
         if result.failed:
             said.append(f"{result.target.name}: failed, {result.failed}")
         elif result.target.truth is None and result.rec is not None:
-            said.append(_unscored(result.rec, [r.rec for r in results if r.rec is not None and r.scores]))
+            said.append(_unscored(result.rec, [r.rec for r in results if r.rec is not None and r.scores is not None]))
             if result.rec.notes.get("certified"):
                 answer, sure = "leaks", "certain: the gradient of what came back is the recorded update"
     if results and all(result.failed for result in results):
@@ -678,7 +730,8 @@ def _images(case: _Case, question: str, results: Sequence[_Result], attacker: st
     numbers = {"kind": "images", "identified": identified, "recovered": recovered, "images": total, "chance": chance}
     numbers |= {"above_floor": above, "spent": spent}
     pictures = tuple(shown for r in results if (shown := _shown(r)) is not None)
-    return Finding(question, answer, sure, "; ".join(said), attacker, numbers, pictures)
+    change = TO_CHANGE[by if answer in ANSWERS[:2] else "nothing"]
+    return Finding(question, answer, sure, "; ".join(said), attacker, numbers, pictures, change)
 
 
 def _unscored(rec: Reconstruction, simulated: Sequence[Reconstruction]) -> str:
@@ -697,12 +750,12 @@ def _shown(result: _Result) -> tuple[str, str] | None:
     if result.rec is None or not len(result.rec.images) or result.rec.images.shape[1] not in (1, 3):
         return None
     images = result.rec.images.detach().cpu().clamp(0, 1)
-    if result.target.truth is None:
+    if result.target.truth is None or result.scores is None:
         return f"{result.target.name}: rebuilt", picture_uri([images[:SHOWN]])
-    own, matched = result.target.truth.images, torch.tensor(result.scores["matched"])
+    own, matched = result.target.truth.images, result.scores.matched
     ordered = torch.zeros_like(own)
-    ordered[matched >= 0] = images[matched[matched >= 0]]
-    decibels = ", ".join(f"{v:.1f} dB" if v == v else "missed" for v in result.scores["psnr"][:SHOWN])
+    ordered[matched >= 0] = images[matched[matched >= 0]].to(own.dtype)
+    decibels = ", ".join(f"{v:.1f} dB" if v == v else "missed" for v in result.scores.psnr[:SHOWN].tolist())
     return f"{result.target.name}: private above, rebuilt below; {decibels}", picture_uri(
         [own[:SHOWN], ordered[:SHOWN]]
     )

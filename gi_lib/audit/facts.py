@@ -60,9 +60,10 @@ def public_images(shape: tuple[int, int, int], split: str = "test") -> Pictures 
 
 
 def picture_uri(rows: Sequence[Images]) -> str:
-    """Rows of images [B, C, H, W], one below the other, as the data URI of a lossless PNG."""
+    """Rows of images [B, C, H, W], one below the other, a grey line between, as the data URI of a lossless PNG."""
     buffer = io.BytesIO()
-    results.bitmap(rows).save(buffer, "PNG", optimize=True)
+    apart = [nn.functional.pad(images, (1, 1, 1, 1), value=0.5) for images in rows]
+    results.bitmap(apart).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -96,8 +96,8 @@ def attempt(case: Case, root: Path | None, device: str) -> Measured:
                 f"the attack returned {len(rec.images)} images, and may return {most}: the best of many guesses"
                 " flatters; declare more by `at_most`, or choose among them"
             )
-        scores = metrics.evaluate(rec, batch, root=root)
         candidates = dataset.batch(range(min(len(dataset), CANDIDATES))).images
+        scores = metrics.evaluate(rec, batch, candidates=candidates, root=root)
     found = _values(rec, scores, batch, candidates)
     found |= {
         "checkpoint": reference,
@@ -197,10 +197,11 @@ def _numbers(values: Tensor | None) -> list[float | None] | None:
 
 
 def _values(rec: Reconstruction, scores: Scores, batch: Batch, candidates: Tensor) -> dict[str, Any]:
+    assert scores.identified is not None
     found = {name: _numbers(getattr(scores, name)) for name in ("psnr", "floor", "ssim", "lpips", "mse")}
     return {
         **found,
-        "identified": _identified(rec.images, scores.matched, batch.images, candidates),
+        "identified": scores.identified.tolist(),
         "chance": 1 / len(candidates),
         "returned": scores.returned,
         "recall": scores.recall,
@@ -213,14 +214,6 @@ def _values(rec: Reconstruction, scores: Scores, batch: Batch, candidates: Tenso
         "steps": rec.steps,
         "gradient_evaluations": rec.gradient_evaluations,
     }
-
-
-def _identified(images: Tensor, matched: Tensor, truth: Tensor, candidates: Tensor) -> list[bool]:
-    hit = matched >= 0
-    found = torch.zeros(len(truth), dtype=torch.bool)
-    if hit.any():
-        found[hit] = metrics.identified(images[matched[hit]].clamp(0, 1), truth[hit], candidates)
-    return found.tolist()
 
 
 def _curve(rec: Reconstruction, batch: Batch, candidates: Tensor) -> Progress | None:
@@ -239,7 +232,7 @@ def _curve(rec: Reconstruction, batch: Batch, candidates: Tensor) -> Progress | 
         values = torch.full((len(batch),), torch.nan, dtype=torch.float64)
         values[hit] = metrics.psnr(frame[matched[hit]], batch.images[hit])
         psnr.append(_numbers(values) or [])
-        identified.append(_identified(frame, matched, batch.images, candidates))
+        identified.append(metrics.found(frame, matched, batch.images, candidates).tolist())
     seconds = [round(float(s), 6) for s in rec.frame_seconds]
     return Progress(evaluations=list(rec.frame_evaluations), seconds=seconds, psnr=psnr, identified=identified)
 

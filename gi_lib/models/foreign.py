@@ -87,6 +87,11 @@ def _factory(module: str, name: str, num_classes: int, image_shape: Shape) -> nn
             f"there is no {name} in a module {module} ({error}); write package.module:factory, and start where Python"
             " finds the module"
         ) from error
+    except (Exception, SystemExit) as error:  # it is the user's code, whatever it raises
+        raise ValueError(
+            f"the module {module} can't be imported: {type(error).__name__}: {error}; mend it, and see that"
+            f" `python -c 'import {module}'` runs"
+        ) from error
     try:
         net = make(num_classes, image_shape)
     except Exception as error:  # it is the user's code, whatever it raises

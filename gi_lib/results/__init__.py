@@ -116,7 +116,8 @@ class Record(TypedDict):
     identified: list[bool] | None
     """Whether the true image is the nearest to its reconstruction, among up to 500 of its split."""
     chance: float | None
-    """How often a picture of nothing identifies: one over the number of those candidates."""
+    """How often one picture of nothing identifies: one over the number of those candidates. Of several returned ones:
+    `metrics.chance`, which tables and verdicts show."""
     returned: int | None
     """Images that the attack returned."""
     recall: float | None

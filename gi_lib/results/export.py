@@ -100,7 +100,13 @@ COLUMNS: dict[str, Column] = {
     "identified": Column(
         f"Whether the reconstruction is nearer to its image than to any other candidate of the split. {_ORDER}."
     ),
-    "chance": Column("How often a picture of nothing would be identified: one over the candidates.", "share", 0, 1),
+    "chance": Column(
+        "How often one picture of nothing would be identified: one over the candidates. Of several returned pictures,"
+        " at most as many times that; tables show it so.",
+        "share",
+        0,
+        1,
+    ),
     "returned": Column("Images that the attack returned.", "images", 0),
     "recall": Column("Private images that a reconstruction comes to 6 dB or more above the floor.", "share", 0, 1),
     "image_precision": Column("Returned images that recover a private one so.", "share", 0, 1),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gi_lib import metrics
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -69,6 +71,12 @@ _SUMMARY = (
 _MEDIANS = ("seconds", "steps", "training_steps", "gradient_evaluations")
 
 
+def chances(frame: pd.DataFrame) -> list[float]:
+    """Of each case that returned something: how often one of its images is identified by chance, at most."""
+    done = frame[frame["status"] == "ok"].dropna(subset=["chance", "returned"])
+    return [metrics.chance(one, n) for one, n in zip(done["chance"], done["returned"], strict=True)]
+
+
 def _summary(cases: pd.DataFrame) -> dict[str, float]:
     done = cases[cases["status"] == "ok"]
     psnr = _images(done["psnr"])
@@ -76,7 +84,7 @@ def _summary(cases: pd.DataFrame) -> dict[str, float]:
     above = np.concatenate([[], *map(_above, done["psnr"], done["floor"])])
     above_low, above_high = bootstrap(above[~np.isnan(above)])
     medians = {name: done[name].astype(float).median() for name in _MEDIANS}
-    once = {name: done[name].astype(float).mean() for name in ("chance", "recall", "image_precision", "label_accuracy")}
+    once = {name: done[name].astype(float).mean() for name in ("recall", "image_precision", "label_accuracy")}
     return {
         "ok": len(done),
         "n": int((cases["status"] != "not applicable").sum()),
@@ -87,6 +95,7 @@ def _summary(cases: pd.DataFrame) -> dict[str, float]:
         "above_low": above_low,
         "above_high": above_high,
         **{name: _mean_of(done[name]) for name in ("psnr", "ssim", "lpips", "identified")},
+        "chance": _mean(np.array(chances(cases))),
         **once,
         **medians,
     }

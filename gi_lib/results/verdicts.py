@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gi_lib.results.summary import chances
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -96,7 +98,7 @@ class Images:
     Args:
         above: dB above the floor, PSNR cut at EXACT; a case that failed or an image that was missed has 0 dB of PSNR.
         identified: whether the true image was the nearest.
-        chance: of being identified.
+        chance: of being identified, the largest of the cases.
     """
 
     above: pd.Series
@@ -131,7 +133,7 @@ def images(frame: pd.DataFrame, floors: pd.Series | None = None) -> Images:
                 found[name] = (-float(floors[name]), False)
     index = pd.MultiIndex.from_tuples(list(found), names=["dataset", "image", "seed"]) if found else pd.Index([])
     above, identified = (pd.Series([v[i] for v in found.values()], index=index) for i in range(2))
-    return Images(above.astype(float), identified.astype(bool), float(frame["chance"].max()))
+    return Images(above.astype(float), identified.astype(bool), max(chances(frame), default=float("nan")))
 
 
 @dataclass(frozen=True)
