@@ -376,15 +376,15 @@ def _above(row: dict[str, Any]) -> list[float] | None:
 
 BOARD: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "technique": ("text", lambda row: _two_lines(row["attack"], _setting(row))),
-    "threat": ("text", lambda row: escape(row["threat_letter"])),
     "model": ("text", lambda row: _two_lines(row["model"], "" if _empty(row["weights"]) else row["weights"])),
     "dataset": ("text", lambda row: escape(row["dataset"])),
     "batch": ("more", lambda row: str(row["batch_size"])),
     "identified": ("more", lambda row: _identified(row)),
     "dB above floor": ("more", lambda row: _said(row["above"], "+.1f")),
-    "PSNR (dB)": ("more", lambda row: _said(row["psnr"], ".1f")),
     "cost in training steps": ("less", lambda row: _said(row["training_steps"], ",.0f")),
+    "PSNR (dB)": ("more", lambda row: _said(row["psnr"], ".1f")),
     "gradient evaluations": ("less", lambda row: _said(row["evaluations"], ",.0f")),
+    "threat": ("text", lambda row: escape(row["threat_letter"])),
     "study": ("text", lambda row: ", ".join(map(_study_link, row["studies"]))),
 }
 """Columns of the leaderboard: whether more or less is better, or it is a text, and what a cell says."""
@@ -492,8 +492,8 @@ def _two_lines(name: str, more: str) -> str:
 
 
 def _identified(row: dict[str, Any]) -> str:
-    failed = f", {row['failed']} failed" if row["failed"] else ""
-    return f"{row['found']} of {row['tried']}{failed}<small>, chance {100 * row['chance']:.2g} %</small>"
+    failed = f"{row['failed']} failed, " if row["failed"] else ""
+    return _two_lines(f"{row['found']} of {row['tried']}", f"{failed}chance {100 * row['chance']:.2g} %")
 
 
 def _study_link(name: str) -> str:

@@ -343,7 +343,8 @@ def table(
         line = [f'<td class="gi-by">{cell}</td>' for cell in others[: len(by) - 1]]
         line += [f"<td>{cell}</td>" for cell in others[len(by) - 1 :]]
         lines.append(f'<tr><th scope="row">{first}</th>{"".join(line)}</tr>')
-    head = "".join(f'<th scope="col">{escape(h)}</th>' for h in [*map(_title, by), *_COLUMNS])
+    titles = [escape(h).replace("\n", "<br>") for h in [*map(_title, by), *_COLUMNS]]
+    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
     return Html(
         f'{_SCROLL}<table class="dataframe gi-scores"><thead><tr>'
         f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
@@ -369,33 +370,31 @@ def _found(row: Mapping) -> str:
     """Images identified of those that came back or were missed, and how many chance would give."""
     if np.isnan(row["identified"]):
         return ""
-    return (
-        f"{round(row['identified'] * row['images'])} of {row['images']}\n(chance {row['chance'] * row['images']:.2g})"
-    )
+    return f"{round(row['identified'] * row['images'])} of {row['images']}\n({row['chance'] * row['images']:.2g})"
 
 
 def _likeness(row: Mapping) -> str:
     """SSIM, and LPIPS where it was had."""
     perceived = _number(row, "lpips", ".3f")
-    return _number(row, "ssim", ".3f") + (perceived and f"\n(LPIPS {perceived})")
+    return _number(row, "ssim", ".3f") + (perceived and f"\n({perceived})")
 
 
 def _time(row: Mapping) -> str:
     steps = _number(row, "steps", ".0f")
-    return _number(row, "seconds", ".3g") + (steps and f"\n({steps} step{'' if steps == '1' else 's'})")
+    return _number(row, "seconds", ".3g") + (steps and f"\n({steps})")
 
 
 _COLUMNS: dict[str, Callable[[Mapping], str]] = {
-    "identified": _found,
+    "identified\n(by chance)": _found,
     "dB above floor": lambda row: _number(row, "above", "+.1f"),
     "cost": lambda row: _number(row, "training_steps", ",.0f"),
-    "seconds": _time,
+    "seconds\n(steps)": _time,
     "PSNR (dB)": _interval,
-    "SSIM": _likeness,
+    "SSIM\n(LPIPS)": _likeness,
     "labels": lambda row: _number(row, "label_accuracy", ".0%"),
     "ok / n": lambda row: f"{row['ok']} / {row['n']}" if row["n"] else "does not apply",
 }
-"""What answers the question stands first: whether images leak, how well, at what cost."""
+"""Heads and what a cell says; what answers the question stands first: whether images leak, how well, at what cost."""
 
 
 def picture_grid(

@@ -508,10 +508,10 @@ def test_leaderboard_sorts_and_filters_by_its_address_and_stands_without_scripts
     dom = browse(page, tmp_path)
     assert board(dom) == plain and f"{len(plain)} of {len(plain)} rows" in dom
     assert dom.count('aria-sort="descending"') == 1 and dom.count('aria-sort="none"') == len(BOARD) - 1
-    cost = list(BOARD).index("cost in training steps")
-    view = urlencode({"technique": plain[-1][0], "dataset": plain[-1][3], "sort": "cost in training steps"})
+    cost, dataset = (list(BOARD).index(name) for name in ("cost in training steps", "dataset"))
+    view = urlencode({"technique": plain[-1][0], "dataset": plain[-1][dataset], "sort": "cost in training steps"})
     dom = browse(f"{page}#{view}", tmp_path)
-    fits = [row for row in plain if (row[0], row[3]) == (plain[-1][0], plain[-1][3])]
+    fits = [row for row in plain if (row[0], row[dataset]) == (plain[-1][0], plain[-1][dataset])]
     rows = board(dom)
     assert f"{len(fits)} of {len(plain)} rows" in dom and sorted(rows) == sorted(fits)
     assert 'aria-sort="ascending"><button type="button">cost in training steps' in dom

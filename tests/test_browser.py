@@ -118,6 +118,37 @@ def test_page_fits_a_phone(open_page, page):
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+WIDE = """() => [...document.querySelectorAll("article table")]
+  .filter(table => table.checkVisibility() && table.scrollWidth > table.parentElement.clientWidth + 1)
+  .map(table => table.innerText.slice(0, 80))"""
+CODE = """() => {
+  const tall = element => element.getBoundingClientRect().height, article = document.querySelector("article");
+  const code = [...article.querySelectorAll("div.highlight")].filter(element => element.checkVisibility());
+  return code.reduce((sum, element) => sum + tall(element), 0) / tall(article);
+}"""
+
+
+@each_page
+def test_no_table_is_wider_than_its_column(open_page, page):
+    tab = open_page(f"{page}.html", viewport={"width": 1400, "height": 900})
+    folded = "article details:not(table details)"  # a BibTeX entry in a cell is wide, and closed until it is asked for
+    tab.evaluate("folded => document.querySelectorAll(folded).forEach(details => { details.open = true; })", folded)
+    assert tab.evaluate(WIDE) == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if (ROOT / f"{page}.ipynb").exists()])
+def test_code_takes_a_quarter_of_a_chapter_at_most(open_page, page):
+    tab = open_page(f"{page}.html", viewport={"width": 1400, "height": 900})
+    assert tab.evaluate(CODE) <= 0.25
+
+
+@pytest.mark.parametrize("page", ["closed_form", "dlg", "idlg", "inverting_gradients", "survey", "exposed"])
+def test_what_came_out_stands_on_the_first_screen(open_page, page):
+    tab = open_page(f"book/{page}.html", viewport={"width": 1400, "height": 900})
+    first = tab.locator("article :is(.gi-pictures, .gi-slider, table.gi-grid) img").first
+    assert first.bounding_box()["y"] < 900 - 96
+
+
 def findings(tab, options=None):
     """Serious and critical findings of axe-core: rule, target, element. Not in listings, which are long: see below."""
     result = axe.Axe().run(tab, context={"exclude": [["div.highlight"]]}, options=options or {})

@@ -203,9 +203,12 @@ def test_table_counts_failures_and_leaves_what_was_not_run_empty(study):
     page = str(plots.table(frame, by=["model", "weights"]))
     assert "<td>2 / 3</td>" in page and "<td>1 / 1</td>" in page
     assert page.index(">identified<") < page.index(">dB above floor<") < page.index(">cost<") < page.index(">seconds<")
-    assert '<th scope="row">lenet</th><td class="gi-by">untrained</td>' in page and "LPIPS" not in page, (
-        "LPIPS was not had"
-    )
+    assert '<th scope="row">lenet</th><td class="gi-by">untrained</td>' in page
+    likeness = list(plots._COLUMNS).index("SSIM\n(LPIPS)") + 1  # behind the other column of `by`
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row)[likeness] for row in page.split("<tr>")[2:]]
+    assert re.fullmatch(r"-?0\.\d{3}", cells[0]), "LPIPS was not had"
+    had = frame.assign(lpips=frame["ssim"])
+    assert re.search(r"<td>(-?0\.\d{3})<br>\(\1\)</td>", str(plots.table(had, by=["model"])))
     assert "Not run" not in page
     page = str(plots.table(frame, by=["model"], order={"model": ["lenet", "convnet"]}))
     assert '<th scope="row">convnet</th>' + "<td></td>" * 8 + "</tr>" in page
@@ -326,7 +329,7 @@ def test_leaderboard_ranks_by_identification_then_by_the_floor(study):
     frame = ranked(study, identified=[[False], [True], [True], [False]], psnr=[[14.0], [10.0], [16.0], [15.5]])
     better, rest = lines(leaderboard(frame))
     assert [row["model"] for row in better] == ["m2", "m1", "m3"] and [row["model"] for row in rest] == ["m0"]
-    assert [row["identified"] for row in better][::2] == ["1 of 1, chance 0.2 %", "0 of 1, chance 0.2 %"]
+    assert [row["identified"] for row in better][::2] == ["1 of 1; chance 0.2 %", "0 of 1; chance 0.2 %"]
     assert (better[0]["dB above floor"], rest[0]["dB above floor"]) == ("+1.0", "-1.0")
     assert (better[0]["PSNR (dB)"], better[0]["gradient evaluations"], better[0]["study"]) == ("16.0", "3", "tiny")
     page = str(leaderboard(frame))
@@ -339,9 +342,9 @@ def test_leaderboard_does_not_take_luck_for_leakage(study):
     """One identified image of hundreds, each with a chance of 1 in 500, is what chance gives."""
     alike = {"model": ["lenet"] * 300, "psnr": [[10.0]] * 300}
     (better, rest) = lines(leaderboard(ranked(study, identified=[[i == 0] for i in range(300)], **alike)))
-    assert not better and rest[0]["identified"] == "1 of 300, chance 0.2 %"
+    assert not better and rest[0]["identified"] == "1 of 300; chance 0.2 %"
     (better, rest) = lines(leaderboard(ranked(study, identified=[[i < 5] for i in range(300)], **alike)))
-    assert not rest and better[0]["identified"] == "5 of 300, chance 0.2 %"
+    assert not rest and better[0]["identified"] == "5 of 300; chance 0.2 %"
 
 
 def test_leaderboard_counts_failures_and_leaves_out_what_is_no_result(study):
@@ -353,7 +356,7 @@ def test_leaderboard_counts_failures_and_leaves_out_what_is_no_result(study):
     again = frame.iloc[:1].assign(study="other", started="2999-01-01", psnr=[[30.0]])
     page = leaderboard(pd.concat([frame, again]))
     ((row,), rest) = lines(page)
-    assert not rest and (row["identified"], row["PSNR (dB)"]) == ("0 of 2, 1 failed, chance 0.2 %", "30.0")
+    assert not rest and (row["identified"], row["PSNR (dB)"]) == ("0 of 2; 1 failed, chance 0.2 %", "30.0")
     assert row["study"] == "other, tiny"
     for said in ("1 rows of 2 records", "1 of attacks on train images", "1 of a case that", "1 of a technique"):
         assert said in str(page)
