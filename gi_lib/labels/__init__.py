@@ -30,7 +30,7 @@ from gi_lib.labels.signs import (
     negative_row_sum,
     row_sum,
 )
-from gi_lib.labels.span import Soft, rlg, separable, soft_label, span
+from gi_lib.labels.spaces import Soft, rlg, separable, soft_label, span
 from gi_lib.types import Counts, Labels, NotApplicableError, Observation, Presence
 
 __all__ = [

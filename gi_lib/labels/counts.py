@@ -156,8 +156,10 @@ class ILRG(CountRule):
         h = (gW / gb[:, None]).nan_to_num(0.0, 1e10, -1e10).clamp(-1e10, 1e10)
         W, b = head(obs)
         P = (h @ W.T + b).softmax(1)
-        A = torch.cat([torch.ones_like(P[:1]), P.T - torch.eye(len(P), dtype=P.dtype, device=P.device)])
-        return torch.linalg.pinv(A) @ torch.cat([gb.new_tensor([size]), size * gb])
+        eye = torch.eye(len(P), dtype=P.dtype, device=P.device)
+        A = torch.cat([torch.ones_like(P[:1]), P.T - eye])
+        v = torch.cat([gb.new_tensor([size]), size * gb])
+        return torch.linalg.pinv(A) @ v
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ def negative_bias(obs: Observation) -> Presence:
     Raises:
         NotApplicableError: the last layer has no bias.
     """
-    return need_bias(obs, "negative_bias", "labels.negative_column, where the features are not negative")[1] < 0
+    _, gb = need_bias(obs, "negative_bias", "labels.negative_column, where the features are not negative")
+    return gb < 0
 
 
 def negative_row_sum(obs: Observation) -> Presence:
