@@ -52,6 +52,7 @@ def seen(y, rng, *, model=None, client=None, auxiliary=None, **facts):
     return observe(model or network(), batch, client=client or Client(), threat=threat, auxiliary=auxiliary, rng=rng)
 
 
+OWN_WEIGHTS = labels.ZeroShotWeights(inputs=labels.surrogate)
 DISTINCT, REPEATED = [1, 4, 7, 9], [0, 0, 0, 1, 3, 3, 8]
 
 
@@ -274,13 +275,20 @@ def test_infer_takes_the_best_that_is_granted_and_says_which(rng):
     repeated = sorted(REPEATED)
     for facts, own, expected in (
         ({"knows_labels": True}, None, "known"),
-        ({}, None, "zero-shot"),
+        ({}, None, "bias greedy"),
         ({}, Own(), "RLU"),
     ):
         obs = seen(REPEATED, rng, auxiliary=own, **facts)
         assert (labels.chosen(obs), labels.infer(obs).tolist()) == (expected, repeated)
     assert labels.chosen(seen([4], rng)) == "iDLG"
-    assert labels.chosen(seen(DISTINCT, rng, model=network(bias=False))) == "zero-shot, weights"
+    many = list(range(K)) * 2
+    assert labels.chosen(seen(many, rng)) == "zero-shot"
+    for y, own, expected in (
+        (DISTINCT, None, "LLG"),
+        (many, None, "zero-shot, weights"),
+        (many, Own(), "zero-shot, weights, own images"),
+    ):
+        assert labels.chosen(seen(y, rng, model=network(bias=False), auxiliary=own)) == expected
     assert labels.chosen(seen(DISTINCT, rng, client=Client(steps=2))) == "column minimum"
 
 
@@ -305,7 +313,7 @@ def test_what_rules_need(rng):
     ):
         with pytest.raises(NotApplicableError, match=rf"reads the bias of the last layer, which has none.*{instead}"):
             rule(bare)
-    for rule in (labels.LLGPlus(), labels.RLU(), labels.ZeroShot(inputs=labels.surrogate)):
+    for rule in (labels.LLGPlus(), labels.RLU(), labels.ZeroShot(inputs=labels.surrogate), OWN_WEIGHTS):
         with pytest.raises(WithheldError, match="needs auxiliary data; observe with"):
             rule(full)
     with pytest.raises(NotApplicableError, match=r"of 240 there are none of class 10, 11; draw more"):
@@ -329,7 +337,7 @@ def test_what_rules_need(rng):
 @pytest.mark.parametrize("optimiser", [Adam(), SGD(momentum=0.9), SGD(weight_decay=0.1)])
 def test_counts_need_a_sum_of_gradients(optimiser, rng):
     obs = seen(DISTINCT, rng, client=Client(steps=2, lr=0.1, optimiser=optimiser), knows_training_details=True)
-    with pytest.raises(NotApplicableError, match=r"ZeroShot reads a sum of gradients, and the client's optimiser"):
+    with pytest.raises(NotApplicableError, match=r"bias_greedy reads a sum of gradients, and the client's optimiser"):
         labels.infer(obs)
     plain = seen(DISTINCT, rng, client=Client(steps=2, lr=0.1), knows_training_details=True)
     assert descent(plain, "x").steps == 2 and descent(plain, "x").lr == 0.1

@@ -104,6 +104,7 @@ RULES: dict[str, LabelRule] = {
     "zero-shot": ZeroShot(),
     "zero-shot, weights": ZeroShotWeights(),
     "zero-shot, own images": ZeroShot(inputs=surrogate),
+    "zero-shot, weights, own images": ZeroShotWeights(inputs=surrogate),
     "iLRG": ILRG(),
     "RLU": RLU(),
 }
@@ -124,11 +125,12 @@ def counts(labels: Labels, num_classes: int) -> Counts:
 
 
 def chosen(obs: Observation) -> str:
-    """The name in RULES of the rule that `infer` takes: the best, as measured, of those that the Observation grants.
+    """The name in RULES of the rule that `infer` takes: of those that the Observation grants the best, as measured.
 
     Labels that are known; for one image the sign rule, which is exact. For a batch, repeats included: RLU with
-    auxiliary data, else zero-shot counts, by the bias or without one by the weights. Where the client's steps are
-    withheld nothing can be counted, and the column minimum is left.
+    auxiliary data. Without, and with fewer images than classes, a greedy rule, which reads signs and so holds of a
+    trained network too; with more the signs fail, and zero-shot counts are taken. Each by the bias, or without one by
+    the weights. Where the client's steps are withheld nothing can be counted, and the column minimum is left.
     """
     if obs.labels is not None:
         return "known"
@@ -136,10 +138,10 @@ def chosen(obs: Observation) -> str:
         return "iDLG"
     if obs.batch_size is None or obs.client is None:
         return "column minimum"
-    _, bias = last_layer(obs)
-    if bias is None:
-        return "zero-shot, weights"
-    return "zero-shot" if obs.auxiliary is None else "RLU"
+    few, own = obs.batch_size < obs.num_classes, obs.auxiliary is not None
+    if last_layer(obs)[1] is not None:
+        return "RLU" if own else "bias greedy" if few else "zero-shot"
+    return "LLG" if few else "zero-shot, weights, own images" if own else "zero-shot, weights"
 
 
 def infer(obs: Observation) -> Labels:
