@@ -1,7 +1,7 @@
 """A batch of eight: Inverting Gradients on eight CIFAR-10 images in one gradient of an untrained network.
 
-The survey's tuned settings at its second rung; labels are sought by column_min, which finds no repeats. Two batches,
-each with the network drawn from its number.
+The survey's tuned settings at its second rung; labels are counted in the gradient (labels.infer). Two batches, each
+with the network drawn from its number.
 """
 
 from pathlib import Path

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 Gradient = dict[str, Tensor]
@@ -28,6 +28,11 @@ class Parameters(Gradient):
 
 Images = Float[Tensor, "B C H W"]
 Labels = Int[Tensor, "B"]
+Presence = Bool[Tensor, "K"]
+"""Which classes are there."""
+Counts = Int[Tensor, "K"]
+"""How many images of each class."""
+PerClass = Float[Tensor, "K"]
 Rows = Float[Tensor, "R"]
 Statistics = dict[str, tuple[Tensor, Tensor]]
 """Batch-norm layer -> (mean [C], variance [C])."""

@@ -6,6 +6,7 @@
 A change of these numbers asks for a higher `revision` of what gives them: the records' keys hold it.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from gi_lib import (
 )
 from gi_lib.attacks import ATTACKS
 from gi_lib.defenses import DEFENSES, DPSGD
+from gi_lib.types import NotApplicableError
 
 FILE = Path(__file__).with_name("golden.json")
 SHAPE = (3, 12, 12)
@@ -50,6 +52,11 @@ class Noise:
 
     def draw(self, n, rng):
         return torch.rand(n, *SHAPE, generator=rng), torch.zeros(n, dtype=torch.int64)
+
+
+class Everything(Noise):
+    def draw(self, n, rng):
+        return torch.rand(n, *SHAPE, generator=rng), torch.arange(n) % 5
 
 
 def some(values, count=12):
@@ -114,6 +121,21 @@ def of_labels():
     return {"revision": labels.revision, "values": [float(y) for y in found]}
 
 
+def of_label_rules():
+    """Every rule on one batch, some of whose labels repeat; what does not apply to it is left out."""
+    x = torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    threat = ThreatModel(has_auxiliary_data=True)
+    twice, values = Batch(x, torch.tensor([0, 1, 1, 3, 3, 3])), []
+    obs = observe(model_of("mlp"), twice, threat=threat, auxiliary=Everything(), rng=torch.Generator())
+    for rule in [*labels.RULES.values(), *labels.PRESENCE.values()]:
+        with contextlib.suppress(NotApplicableError):
+            values += [*rule(obs).double().tolist(), -1.0]
+        if isinstance(rule, labels.CountRule):
+            values += rule.raw(obs).tolist()
+    revisions = [getattr(rule, "revision", 1) for rule in labels.RULES.values()]
+    return {"revision": [labels.batch_revision, *revisions], "values": values}
+
+
 def of_metrics():
     truth = batch(3)
     images = (truth.images + 0.1 * truth.images.flip(0)).clamp(0, 1)
@@ -139,6 +161,7 @@ ENTRIES = {
     **{f"model {name}": lambda name=name: of_model(name) for name in models.MODELS},
     "client": of_client,
     "defenses": of_defenses,
+    "label rules": of_label_rules,
     "labels": of_labels,
     "metrics": of_metrics,
     "solvers": of_solvers,

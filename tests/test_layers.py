@@ -20,7 +20,7 @@ ABOVE = {  # module -> the modules of gi_lib that it may import
     "priors": {"types", "copies", "matching"},
     "models": {"types", "copies", "models"},
     "data": {"types", "data"},
-    "labels": {"types", "models"},
+    "labels": {"types", "copies", "models", "labels"},
     "federated": {"types", "execution", "copies", "models", "labels"},
     "defenses": {"types", "copies", "federated", "defenses"},
     "metrics": {"types", "data"},

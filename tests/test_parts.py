@@ -147,7 +147,7 @@ def test_column_min_finds_a_batch_without_repeats(rng):
 
 
 def test_label_rules_say_what_they_need(client, rng):
-    with pytest.raises(ValueError, match=r"one label from one image, got batch_size=2; use labels\.column_min"):
+    with pytest.raises(ValueError, match=r"one label from one image, got batch_size=2; use labels\.infer"):
         labels.idlg(observation("mlp", [0, 1], rng, size=2))
     with pytest.raises(ValueError, match="finds no repeats, but 6 images of 5 classes must"):
         labels.column_min(observation("mlp", [0, 1, 2, 3, 4, 0], rng, size=6))

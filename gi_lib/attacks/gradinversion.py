@@ -2,7 +2,7 @@
 
 arXiv:2104.07586.
 
-From S seeds at once, each a whole batch x_s with the labels of column_min,
+From S seeds at once, each a whole batch x_s with labels read off the last layer,
 
     min over x_s of  a_g sum_l |g_l(x_s) - g*_l|_2 + a_tv TV(x_s) + a_l2 |x_s|_2
                      + a_bn sum_l ( |mu_l(x_s) - mu_l|_2 + |var_l(x_s) - var_l|_2 )
@@ -17,8 +17,9 @@ Departs from the paper, whose code is not public, so that weights and schedule a
 second hand. An image is registered by the shift within an eighth of its side that
 correlates best in brightness (phase correlation), not by RANSAC-flow. Where labels
 repeat, the slots of a seed that share one are first matched to the first seed's by
-least squares. a_n is .01 and not .2, which drowns short runs, as a public framework
-also found. The seed of least gradient distance is returned.
+least squares. Labels are counted (labels.infer); the paper's own rule, which sees no
+repeats, is labels.column_min. a_n is .01 and not .2, which drowns short runs, as a
+public framework also found. The seed of least gradient distance is returned.
 """
 
 import math

@@ -9,7 +9,7 @@ steps. The optimiser moves z = (x - mean) / std, the image as the model sees it:
 it starts from N(0, 1), there TV is taken, and there the box is clamped after each step,
 all as in the public code.
 
-Labels are known, or inferred: by the sign rule for one image, by column_min for more.
+Labels are known, or inferred: by the sign rule for one image, counted for more.
 Departs from the paper: restarts are stacked instead of run one after another; the
 public code seeks soft labels where those of a batch are unknown. The default of 4,800
 steps is that of the public script for the baselines; up to 24,000 are quoted second

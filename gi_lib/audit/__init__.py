@@ -491,7 +491,7 @@ def _labels(case: _Case) -> Finding:
             reason = str(error)
             continue
         if target.truth is None:
-            known = "given" if obs.labels is not None else "inferred"
+            known = "given" if obs.labels is not None else f"inferred by {rules.chosen(obs)}"
             said.append(f"recorded update: labels {', '.join(map(str, found.tolist()))}, {known}")
             proven = [] if case.details or obs.labels is not None else _proven(obs)
             continue
@@ -503,7 +503,8 @@ def _labels(case: _Case) -> Finding:
     answer, sure = "not found", "no client could be simulated"
     if images:
         chance /= images
-        said.append(f"simulated clients: {hits} of {images} labels found (chance {chance:.0%})")
+        named = rules.chosen(case.targets[0].see(ThreatModel()))
+        said.append(f"simulated clients: {hits} of {images} labels found by {named} (chance {chance:.0%})")
         answer = "leaks" if hits == images else "leaks in part" if beyond_chance(hits, images, chance) else "not found"
         sure = f"measured on {images} image{'s' if images > 1 else ''} of simulated clients"
     if proven:
@@ -524,9 +525,9 @@ def _proven(obs: Observation) -> list[int]:
 
 
 def _chance(truth: Tensor, classes: int) -> float:
-    """Expected share of the labels that as many guesses at random find; as those of the rules, they don't repeat."""
-    order = torch.rand(500, classes, generator=torch.Generator().manual_seed(0)).argsort(1)
-    return sum(metrics.label_accuracy(guess, truth) for guess in order[:, : len(truth)]) / len(order)
+    """Expected share of the labels that as many guesses at random find; as those of the rules, they may repeat."""
+    guesses = torch.randint(classes, (500, len(truth)), generator=torch.Generator().manual_seed(0))
+    return sum(metrics.label_accuracy(guess, truth) for guess in guesses) / len(guesses)
 
 
 def _counted(case: _Case, budget: float) -> Finding:

@@ -191,7 +191,7 @@ def key(case: Case) -> str:
         "metrics": metrics.revision,
     }
     if not case.threat.knows_labels:
-        rests_on["labels"] = labels.revision
+        rests_on["labels"] = labels.revision if len(case.indices) == 1 else labels.batch_revision
     if case.model in models.MODELS:
         rests_on[case.model] = models.MODELS[case.model].revision
     if case.weights == TRAINED:
