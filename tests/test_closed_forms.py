@@ -10,6 +10,7 @@ from torch import nn
 from gi_lib import Batch, Client, NotApplicableError, ThreatModel, data, evaluate, models, observe
 from gi_lib.attacks import RGAP, rgap
 from gi_lib.defenses import GaussianNoise
+from gi_lib.models import rank
 from gi_lib.models.chain import INVERSES, chain, undo
 
 SIDE = 16
@@ -285,3 +286,102 @@ def test_an_equation_without_a_root_is_an_error():
     obs.gradient["net.7.weight"].copy_(-w / (w * w).sum())
     with pytest.raises(ValueError, match="no margin solves the last layer's equation"):
         RGAP()(obs, rng)
+
+
+# Rank
+
+
+def by_hand(layers):
+    """(n_x, n_z, n_w) of each layer -> RA-i of each."""
+    found, virtual = [], 0
+    for x, z, w in layers:
+        found.append(x - w - z - virtual)
+        virtual += max(0, max(0, z - x) - max(0, x - w - z))
+    return found
+
+
+def on_meta(name, side):
+    with torch.device("meta"):
+        net = models.MODELS[name].make(10, (3, side, side))
+    return models.wrap(net, num_classes=10).eval()
+
+
+def test_the_count_of_cnn6_is_that_of_the_paper():
+    rows = rank.count(models.build("cnn6", num_classes=10, image_shape=(3, 32, 32)), (3, 32, 32))
+    sizes = [(3072, 3468, 576), (3468, 2916, 3888), (2916, 2916, 11664), (2916, 2916, 11664), (2916, 1600, 20736)]
+    sizes += [(1600, 3200, 73728), (3200, 10, 32000)]
+    assert [(r.inputs, r.outputs, r.weights) for r in rows] == sizes
+    assert [r.index for r in rows] == by_hand(sizes) and rank.index(rows) == 3072 - 576 - 3468
+
+
+def test_residual_blocks_and_pools_count_as_one_layer():
+    """ResNet-18 at 64 px by hand: stem, pool, eight blocks, pool, dense layer."""
+    rows = rank.count(on_meta("resnet18", 64), (3, 64, 64))
+    sizes = [(3 * 64**2, 64 * 32**2, 9408), (64 * 32**2, 64 * 16**2, 0), *[(64 * 16**2, 64 * 16**2, 9 * 64**2)] * 2]
+    for c, side in ((128, 8), (256, 4), (512, 2)):
+        shortcut = c // 2 * c
+        sizes += [(c // 2 * (2 * side) ** 2, c * side**2, 9 * c**2 + shortcut), (c * side**2, c * side**2, 9 * c**2)]
+    sizes += [(512 * 4, 512, 0), (512, 10, 5120)]
+    assert [(r.inputs, r.outputs, r.weights) for r in rows] == sizes
+    assert [r.index for r in rows] == by_hand(sizes)
+    assert [r.name for r in rows[2:4]] == ["net.layer1.0", "net.layer1.1"]
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vit", "squeezenet", "convnet"])
+def test_the_count_needs_no_weights(name):
+    rows = rank.count(on_meta(name, 64), (3, 64, 64))
+    assert len(rows) > 5 and all(r.inputs > 0 and r.outputs > 0 for r in rows)
+    names = [r.name for r in rows]
+    assert len(set(names)) == len(names)
+
+
+def test_the_count_leaves_the_model_as_it_was():
+    model = small(4)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    rank.count(model, (3, SIDE, SIDE))
+    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
+
+
+def test_a_model_without_layers_has_no_count():
+    class Sum(nn.Module):
+        def forward(self, x):
+            return x.sum(1).flatten(1)[:, :4]
+
+    with pytest.raises(ValueError, match="runs no dense layer, convolution or pool as a module"):
+        rank.count(models.wrap(Sum(), num_classes=4), (3, 8, 8))
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+@pytest.mark.parametrize("widths", [(8, 12, 12), (3, 6, 4)], ids=str)
+def test_the_numeric_rank_is_numpys_of_the_whole_matrix(widths, outputs):
+    """[K; W; P] over the padded input, with W and K from autograd."""
+    model, batch = small(outputs, widths=widths), photo(label=1)
+    rows = rank.numeric(model, batch.images[0], 1)
+    y, seen, z = (batch.images.double() - 0.4) / 0.3, [], []
+    for layer in model.net:
+        if isinstance(layer, nn.Conv2d):
+            seen.append(nn.functional.pad(y.detach(), [layer.padding[0]] * 4))
+        y = layer(y)
+        if isinstance(layer, nn.Conv2d):
+            z.append(y)
+    logits = torch.cat([torch.zeros_like(y), y], 1) if outputs == 1 else y
+    ks = torch.autograd.grad(nn.functional.cross_entropy(logits, batch.labels), z)
+    convolutions = [layer for layer in model.net if isinstance(layer, nn.Conv2d)]
+    for row, conv, padded, k_i in zip(rows, convolutions, seen, ks, strict=False):
+        weight, stride = conv.weight.detach(), conv.stride
+        n = padded.numel()
+        unit = torch.eye(n, dtype=torch.float64).reshape(n, *padded.shape[1:])
+        W = nn.functional.conv2d(unit, weight, stride=stride).reshape(n, -1).T
+        K = torch.stack(
+            [torch.nn.grad.conv2d_weight(e[None], weight.shape, k_i, stride=stride).flatten() for e in unit], 1
+        )
+        p = conv.padding[0]
+        border = torch.ones_like(padded, dtype=torch.bool)
+        border[:, :, p:-p, p:-p] = False
+        border = border.flatten()
+        P = torch.eye(n, dtype=torch.float64)[border]
+        matrix = torch.cat([K * (W.norm() / K.norm()), W, P]).numpy()
+        assert row.unknowns == n and row.rank == np.linalg.matrix_rank(matrix)
+        assert row.counted == min(n - len(P), len(K) + len(W)) + len(P)
+    assert all(math.isfinite(row.condition) == (row.rank == row.unknowns) for row in rows)
+    assert (rank.index(rank.count(model, (3, SIDE, SIDE))) < 0) == all(row.rank == row.unknowns for row in rows)
