@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gi_lib import Batch, Client, NotApplicableError, ThreatModel, data, evaluate, models, observe
-from gi_lib.attacks import RGAP, rgap
+from gi_lib.attacks import COPA, RGAP, rgap
 from gi_lib.defenses import GaussianNoise
 from gi_lib.models import rank
 from gi_lib.models.chain import INVERSES, chain, undo
@@ -34,10 +34,10 @@ def photo(index=8, label=0):
     return Batch(data.load("photos", size=SIDE).batch([index]).images, torch.tensor([label]))
 
 
-def attacked(model, batch, client=None, **facts):
+def attacked(model, batch, attack=None, **facts):
     rng = torch.Generator().manual_seed(0)
-    obs = observe(model, batch, client=client or Client(), threat=ThreatModel(**facts), rng=rng)
-    rec = RGAP()(obs, rng)
+    obs = observe(model, batch, threat=ThreatModel(**facts), rng=rng)
+    rec = (attack or RGAP())(obs, rng)
     return rec, evaluate(rec, batch, download=False).psnr.item()
 
 
@@ -286,6 +286,35 @@ def test_an_equation_without_a_root_is_an_error():
     obs.gradient["net.7.weight"].copy_(-w / (w * w).sum())
     with pytest.raises(ValueError, match="no margin solves the last layer's equation"):
         RGAP()(obs, rng)
+
+
+# COPA
+
+SHORT = (12, 5, 20)
+"""Widths with which the second layer has fewer equations than unknowns."""
+
+
+def test_copa_is_rgap_where_there_are_enough_equations():
+    rgap, copa = (attacked(small(7), photo(label=4), attack)[0] for attack in (RGAP(), COPA()))
+    torch.testing.assert_close(copa.images, rgap.images, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("index", [2, 8])
+def test_copa_is_exact_where_the_layer_before_gives_the_equations_that_rgap_is_short_of(index):
+    model, batch = small(7, activation=nn.Tanh, widths=SHORT), photo(index, label=4)
+    assert rank.index(rank.count(model, (3, SIDE, SIDE))) > 0
+    with pytest.warns(UserWarning, match="the closed form does not hold"):
+        rec, psnr = attacked(model, batch)
+    assert psnr < 30 and not rec.notes["certified"]
+    rec, psnr = attacked(model, batch, COPA(iterations=2000))
+    assert psnr > 100 and rec.notes["certified"]
+
+
+@pytest.mark.filterwarnings("ignore:the closed form does not hold")
+def test_copa_is_ahead_of_rgap_where_kinks_keep_it_from_converging():
+    model = small(7, widths=SHORT)
+    rgap, copa = (attacked(model, photo(label=4), attack)[1] for attack in (RGAP(), COPA()))
+    assert copa > rgap + 0.3
 
 
 # Rank

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gi_lib.attacks.bias_ratio import BiasRatio
+    from gi_lib.attacks.copa import COPA
     from gi_lib.attacks.dlg import DLG
     from gi_lib.attacks.gradinversion import GradInversion
     from gi_lib.attacks.idlg import IDLG
@@ -51,6 +52,7 @@ class Registry(Mapping[str, Any]):
 ATTACKS = Registry(
     {
         "bias_ratio": "BiasRatio",
+        "copa": "COPA",
         "dlg": "DLG",
         "gradinversion": "GradInversion",
         "idlg": "IDLG",
@@ -62,6 +64,7 @@ ATTACKS = Registry(
 
 __all__ = [
     "ATTACKS",
+    "COPA",
     "DLG",
     "IDLG",
     "RGAP",

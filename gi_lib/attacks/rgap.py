@@ -30,8 +30,8 @@ are tried.
 """
 
 import dataclasses
-import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -145,15 +145,24 @@ def heads(obs: Observation, last: Link) -> list[Head]:
     return [Head(y, k[:, None, None], x[:, None, None]) for y, k, x in solved]
 
 
-def back(obs: Observation, links: list[Link], head: Head) -> tuple[Tensor, float]:
+Refine = Callable[[Observation, list[Link], Tensor, Tensor, Tensor], Tensor]
+"""(obs, links, z, k, x) -> a better x, the input of the last of these links."""
+
+
+def back(
+    obs: Observation, links: list[Link], head: Head, refine: Refine | None = None
+) -> tuple[Tensor, float]:
     """The first layer's input [C, H, W], and the largest |W x - z| / |z| on the way."""
     x, k, worst = head.x, head.k, 0.0
-    for after, link in itertools.pairwise(reversed(links)):
-        k = after.transposed(k[None])[0].reshape(link.output)
+    for i in reversed(range(len(links) - 1)):
+        link, after = links[i], links[i + 1]
         assert link.activation is not None
         z, slope = undo(link.activation, x.reshape(link.output))
-        z, k = z - link.bias, k * slope
+        z = z - link.bias
+        k = after.transposed(k[None])[0].reshape(link.output) * slope
         x = link.solve(z, k, obs.gradient[f"{link.name}.weight"])
+        if refine is not None:
+            x = refine(obs, links[: i + 1], z, k, x)
         off = (link.forward(x[None])[0] - z).norm() / z.norm()
         worst = max(worst, off.item())
     return x, worst
@@ -166,6 +175,27 @@ def merit(pixels: Tensor) -> tuple[bool, float]:
     return fits, pixels.std().item() if fits else -outside
 
 
+def invert(obs: Observation, refine: Refine | None = None) -> Reconstruction:
+    """The way back from every head, and of the images the likeliest."""
+    links = chain(obs.model, obs.image_shape)
+    ways: list[tuple[Head, Tensor, float]] = []
+    for head in heads(obs, links[-1]):
+        if ways and ways[-1][0].label == head.label and homogeneous(links):
+            before, x, off = ways[-1]
+            x = x * (before.k.norm() / head.k.norm())
+        else:
+            x, off = back(obs, links, head, refine)
+        ways.append((head, x, off))
+    best, _, off = min(ways, key=lambda way: way[-1])
+    mean, std = obs.model.mean.double(), obs.model.std.double()
+    roots = [mean + std * x for head, x, _ in ways if head.label == best.label]
+    image = max(roots, key=merit).clamp(0, 1)[None].to(obs.dtype)
+    label = torch.tensor([best.label], device=obs.device)
+    rec = certified(obs, image, lambda obs: label)
+    notes = {"residual": off, "roots": len(roots)}
+    return dataclasses.replace(rec, notes=rec.notes | notes)
+
+
 @dataclass(frozen=True)
 class RGAP:
     needs: ClassVar[Needs] = Needs(
@@ -175,21 +205,4 @@ class RGAP:
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)
-        links = chain(obs.model, obs.image_shape)
-        ways: list[tuple[Head, Tensor, float]] = []
-        for head in heads(obs, links[-1]):
-            if ways and ways[-1][0].label == head.label and homogeneous(links):
-                before, x, off = ways[-1]
-                x = x * (before.k.norm() / head.k.norm())
-            else:
-                x, off = back(obs, links, head)
-            ways.append((head, x, off))
-        label, _, off = min(
-            ((h.label, x, off) for h, x, off in ways), key=lambda w: w[2]
-        )
-        mean, std = obs.model.mean.double(), obs.model.std.double()
-        roots = [mean + std * x for h, x, _ in ways if h.label == label]
-        image = max(roots, key=merit).clamp(0, 1)[None].to(obs.dtype)
-        rec = certified(obs, image, lambda obs: torch.tensor([label]).to(obs.device))
-        notes = {"residual": off, "roots": len(roots)}
-        return dataclasses.replace(rec, notes=rec.notes | notes)
+        return invert(obs)
