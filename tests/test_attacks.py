@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gi_lib import Batch, Client, NotApplicableError, ThreatModel, WithheldError, data, evaluate, models, observe
-from gi_lib.attacks import ATTACKS, DLG, IDLG, BiasRatio, GradInversion, InvertingGradients, RobbingTheFed
+from gi_lib.attacks import ATTACKS, COPA, DLG, IDLG, RGAP, BiasRatio, GradInversion, InvertingGradients, RobbingTheFed
 from gi_lib.attacks.gradinversion import registered_mean
 from gi_lib.matching import cosine
 from gi_lib.optimise import minimise
@@ -17,10 +17,12 @@ from gi_lib.types import Needs
 
 CONTRACT = {  # name -> (a small instance, a model that suits it)
     "bias_ratio": (BiasRatio(), "mlp"),
+    "copa": (COPA(iterations=3), "cnn6"),
     "dlg": (DLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
     "gradinversion": (GradInversion(steps=3, renew=1, group_start=0.0, restarts=2, frames=2), "convnet"),
     "idlg": (IDLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
     "inverting_gradients": (InvertingGradients(steps=3, restarts=2, frames=2), "convnet"),
+    "rgap": (RGAP(), "cnn6"),
     "robbing_the_fed": (RobbingTheFed(bins=8, surrogates=64), "lenet"),
 }
 FACTS = {  # field of the Observation -> the fact that grants it
@@ -189,6 +191,7 @@ def test_a_withheld_need_is_answered_by_an_error(granted, rng, key, field):
 
 
 BAD_SETTINGS = [
+    (COPA, {"iterations": 0}, "COPA needs iterations, a whole number >= 1, got 0"),
     (DLG, {"steps": 0}, "DLG needs steps, a whole number >= 1, got 0"),
     (DLG, {"restarts": 0}, "DLG needs restarts"),
     (DLG, {"history": 0}, "DLG needs history"),

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gi_lib.attacks.bias_ratio import BiasRatio
+    from gi_lib.attacks.copa import COPA
     from gi_lib.attacks.dlg import DLG
     from gi_lib.attacks.gradinversion import GradInversion
     from gi_lib.attacks.idlg import IDLG
     from gi_lib.attacks.inverting_gradients import InvertingGradients
+    from gi_lib.attacks.rgap import RGAP
     from gi_lib.attacks.robbing_the_fed import RobbingTheFed
 
 
@@ -50,18 +52,22 @@ class Registry(Mapping[str, Any]):
 ATTACKS = Registry(
     {
         "bias_ratio": "BiasRatio",
+        "copa": "COPA",
         "dlg": "DLG",
         "gradinversion": "GradInversion",
         "idlg": "IDLG",
         "inverting_gradients": "InvertingGradients",
+        "rgap": "RGAP",
         "robbing_the_fed": "RobbingTheFed",
     }
 )
 
 __all__ = [
     "ATTACKS",
+    "COPA",
     "DLG",
     "IDLG",
+    "RGAP",
     "BiasRatio",
     "GradInversion",
     "InvertingGradients",
