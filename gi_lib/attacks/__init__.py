@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gi_lib.attacks.bias_ratio import BiasRatio
+    from gi_lib.attacks.cpl import CPL
     from gi_lib.attacks.dlg import DLG
     from gi_lib.attacks.gradinversion import GradInversion
     from gi_lib.attacks.idlg import IDLG
     from gi_lib.attacks.inverting_gradients import InvertingGradients
     from gi_lib.attacks.robbing_the_fed import RobbingTheFed
+    from gi_lib.attacks.sapag import SAPAG
 
 
 class Registry(Mapping[str, Any]):
@@ -50,18 +52,22 @@ class Registry(Mapping[str, Any]):
 ATTACKS = Registry(
     {
         "bias_ratio": "BiasRatio",
+        "cpl": "CPL",
         "dlg": "DLG",
         "gradinversion": "GradInversion",
         "idlg": "IDLG",
         "inverting_gradients": "InvertingGradients",
         "robbing_the_fed": "RobbingTheFed",
+        "sapag": "SAPAG",
     }
 )
 
 __all__ = [
     "ATTACKS",
+    "CPL",
     "DLG",
     "IDLG",
+    "SAPAG",
     "BiasRatio",
     "GradInversion",
     "InvertingGradients",
