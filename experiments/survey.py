@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gi_lib import results
-from gi_lib.attacks import DLG, IDLG, BiasRatio, InvertingGradients
+from gi_lib.attacks import CPL, DLG, IDLG, SAPAG, BiasRatio, InvertingGradients
 from gi_lib.bench import Case, protocol
 
 
@@ -43,6 +43,10 @@ WANTED = (  # technique, its attack, setting, rung, stage of the queue, cells
         for pairs in (CIFAR10, OTHERS)
         for rung, models in ((1, protocol.LARGE), (2, protocol.SMALL))
     ),
+    ("cpl", CPL(), "default", 1, 7, CIFAR10),  # as DLG, it has no prior and no step to tune
+    ("cpl", CPL(), "default", 2, 7, CIFAR10),
+    ("sapag", SAPAG(), "tuned", 1, 7, CIFAR10),
+    ("sapag", SAPAG(), "tuned", 2, 7, CIFAR10),
 )
 
 PLAN = []

@@ -46,6 +46,22 @@ def layer_l2(simulated: Gradient, observed: Gradient) -> Scalar:
     return torch.stack([norm(simulated[name] - g) for name, g in observed.items()]).sum()
 
 
+def gaussian_kernel(simulated: Gradient, observed: Gradient, width: float | Scalar = 1.0) -> Scalar:
+    """D = sum_l 1 - exp(-mean_i (g'_li - g_li)^2 / (width^2 Var(g_l))), in [0, L] (Wang et al., arXiv:2009.06228).
+
+    Each of the L parameters is measured in units of the spread of its own observed gradient: layers whose gradients
+    are a thousand times smaller count as much as others. Far from g the exponential is 0, and so is the derivative;
+    a larger `width`, a number or a tensor on the device, reaches further. Where the spread is 0, as that of a single
+    number is, the mean of g_l^2 takes its place.
+    """
+    near = []
+    for name, g in observed.items():
+        spread = g.var(unbiased=False)
+        spread = torch.where(spread > 0, spread, g.square().mean()).clamp_min(TINY)
+        near.append(((simulated[name] - g).square().mean() / (spread * width**2)).neg().exp())
+    return len(near) - torch.stack(near).sum()
+
+
 def norm(d: Tensor) -> Scalar:
     """|d|_2 over all entries, with the derivative 0 where d is 0."""
     square = d.square().sum()

@@ -241,7 +241,13 @@ def cosine_decay(now: float) -> float:
 
 
 def adam(
-    lr: float, *, signed: bool = False, drops: Sequence[float] = (), cosine: bool = False, warm_up: int = 0
+    lr: float,
+    *,
+    signed: bool = False,
+    drops: Sequence[float] = (),
+    cosine: bool = False,
+    warm_up: int = 0,
+    decay: float = 0.0,
 ) -> Optimiser:
     """Adam (Kingma, Ba, ICLR 2015, algorithm 1), element by element, so that stacked rows stay independent.
 
@@ -254,6 +260,7 @@ def adam(
         drops: fractions of the steps after which lr is cut by ten.
         cosine: whether lr falls to 0 by `cosine_decay`.
         warm_up: steps over which lr rises to its value.
+        decay: each step first multiplies the variables by 1 - lr decay: AdamW (Loshchilov, Hutter, ICLR 2019).
     """
 
     beta1, beta2, eps = 0.9, 0.999, 1e-8
@@ -261,7 +268,7 @@ def adam(
     def begin(variables: list[Tensor], steps: int) -> Method:
         m, v = ([torch.zeros_like(x) for x in variables] for _ in range(2))
         # lr_k m / (1 - beta1^k) / (sqrt(v / (1 - beta2^k)) + eps) = m / (offset + scale sqrt(v)), on the device
-        offset, scale = (torch.empty((), dtype=variables[0].dtype, device=variables[0].device) for _ in range(2))
+        offset, scale, kept = (torch.empty((), dtype=variables[0].dtype, device=variables[0].device) for _ in range(3))
         failed = torch.zeros(len(variables[0]), dtype=variables[0].dtype, device=variables[0].device)
         cuts = [int(steps * d) for d in drops]
         k = 0
@@ -272,6 +279,7 @@ def adam(
             if cosine:
                 rate *= max(1e-6, cosine_decay(k / steps))
             rate *= min(1, (k + 1) / (warm_up + 1))
+            kept.fill_(1 - rate * (1 - beta1 ** (k + 1)) * decay)
             offset.fill_(eps / rate)
             scale.fill_((1 - beta2 ** (k + 1)) ** -0.5 / rate)
             k += 1
@@ -284,6 +292,8 @@ def adam(
                 g = g.sign() if signed else g
                 m_x.lerp_(g, 1 - beta1)
                 v_x.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                if decay:
+                    x.mul_(kept)
                 x.addcdiv_(m_x, torch.addcmul(offset, scale, v_x.sqrt()), value=-1)
             failed.add_(sound, alpha=0)
             return losses, False

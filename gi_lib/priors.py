@@ -2,11 +2,11 @@
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from gi_lib.copies import bn_statistics
+from gi_lib.copies import bn_statistics, drawing, forward
 from gi_lib.matching import norm
-from gi_lib.types import Classifier, Images, Statistics
+from gi_lib.types import Classifier, Images, Labels, Statistics
 
 Scalar = Float[Tensor, ""]
 
@@ -38,3 +38,13 @@ def statistics_distance(model: Classifier, x: Images, target: Statistics | None)
     found = bn_statistics(model, x)
     apart = [a - b for name, goal in target.items() for a, b in zip(found[name], goal, strict=True)]
     return torch.stack([norm(d) for d in apart]).sum()
+
+
+def label_distance(model: Classifier, x: Images, y: Labels) -> Scalar:
+    """Mean over the batch of |softmax(f(x)) - e_y|^2, in [0, 2]: whether the model believes in the labels y.
+
+    The label term of Wei et al. (ESORICS 2020). The private image itself has it at 0 only if the model is sure of it.
+    """
+    with drawing(model, None):
+        p = forward(model, x).softmax(1)
+    return (p - nn.functional.one_hot(y, p.shape[1])).square().sum(1).mean()

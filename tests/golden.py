@@ -36,6 +36,7 @@ SHAPE = (3, 12, 12)
 SETTINGS = {  # attack -> (its settings, a model without exact zeros in its gradients, facts, auxiliary data)
     "bias_ratio": ({}, "mlp", {}),
     "copa": ({"iterations": 5}, "cnn6", {}),
+    "cpl": ({"steps": 5, "max_iter": 2, "restarts": 2, "pattern": 5, "label": 0.5}, "lenet", {}),
     "dlg": ({"steps": 5, "max_iter": 2, "restarts": 2}, "lenet", {}),
     "gradinversion": (
         {"steps": 5, "restarts": 2, "renew": 1, "group_start": 0.0},
@@ -46,6 +47,7 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     "inverting_gradients": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "rgap": ({}, "cnn6", {}),
     "robbing_the_fed": ({"bins": 8, "surrogates": 64}, "lenet", {"malicious_server": True}),
+    "sapag": ({"steps": 5, "restarts": 2}, "lenet", {}),
 }
 
 

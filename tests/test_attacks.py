@@ -9,21 +9,36 @@ import pytest
 import torch
 
 from gi_lib import Batch, Client, NotApplicableError, ThreatModel, WithheldError, data, evaluate, models, observe
-from gi_lib.attacks import ATTACKS, COPA, DLG, IDLG, RGAP, BiasRatio, GradInversion, InvertingGradients, RobbingTheFed
+from gi_lib.attacks import (
+    ATTACKS,
+    COPA,
+    CPL,
+    DLG,
+    IDLG,
+    RGAP,
+    SAPAG,
+    BiasRatio,
+    GradInversion,
+    InvertingGradients,
+    RobbingTheFed,
+)
 from gi_lib.attacks.gradinversion import registered_mean
-from gi_lib.matching import cosine
+from gi_lib.matching import cosine, gaussian_kernel
 from gi_lib.optimise import minimise
+from gi_lib.search import gaussian
 from gi_lib.types import Needs
 
 CONTRACT = {  # name -> (a small instance, a model that suits it)
     "bias_ratio": (BiasRatio(), "mlp"),
     "copa": (COPA(iterations=3), "cnn6"),
+    "cpl": (CPL(steps=2, max_iter=3, restarts=2, label=0.1, frames=2), "lenet"),
     "dlg": (DLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
     "gradinversion": (GradInversion(steps=3, renew=1, group_start=0.0, restarts=2, frames=2), "convnet"),
     "idlg": (IDLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
     "inverting_gradients": (InvertingGradients(steps=3, restarts=2, frames=2), "convnet"),
     "rgap": (RGAP(), "cnn6"),
     "robbing_the_fed": (RobbingTheFed(bins=8, surrogates=64), "lenet"),
+    "sapag": (SAPAG(steps=3, restarts=2, tv=1e-3, frames=2), "lenet"),
 }
 FACTS = {  # field of the Observation -> the fact that grants it
     "client": "knows_training_details",
@@ -192,6 +207,9 @@ def test_a_withheld_need_is_answered_by_an_error(granted, rng, key, field):
 
 BAD_SETTINGS = [
     (COPA, {"iterations": 0}, "COPA needs iterations, a whole number >= 1, got 0"),
+    (CPL, {"pattern": 0}, "CPL needs pattern, a whole number >= 1, got 0"),
+    (CPL, {"label": -1.0}, "CPL needs label, a finite number >= 0, got -1.0"),
+    (CPL, {"lr": 0.0}, "CPL needs lr"),
     (DLG, {"steps": 0}, "DLG needs steps, a whole number >= 1, got 0"),
     (DLG, {"restarts": 0}, "DLG needs restarts"),
     (DLG, {"history": 0}, "DLG needs history"),
@@ -204,6 +222,11 @@ BAD_SETTINGS = [
     (GradInversion, {"renew": 0}, "GradInversion needs renew"),
     (GradInversion, {"bn": math.nan}, "GradInversion needs bn"),
     (RobbingTheFed, {"bins": 1}, "RobbingTheFed needs bins, a whole number >= 2"),
+    (SAPAG, {"wide": 0.5}, "SAPAG needs wide, a finite number >= 1, got 0.5"),
+    (SAPAG, {"decay": -0.1}, "SAPAG needs decay"),
+    (SAPAG, {"tv": math.nan}, "SAPAG needs tv"),
+    (SAPAG, {"lr": 0.0}, "SAPAG needs lr"),
+    (SAPAG, {"steps": 0}, "SAPAG needs steps"),
 ]
 
 
@@ -291,6 +314,45 @@ def test_idlg_takes_a_known_label_where_it_can_read_none(rng):
         IDLG(steps=1)(observe(model, batch, rng=rng), rng)
     known = observe(model, batch, threat=ThreatModel(knows_labels=True), rng=rng)
     assert IDLG(steps=1)(known, rng).labels.tolist() == batch.labels.tolist()
+
+
+def test_cpl_begins_with_its_pattern_and_its_label_term_is_added(client):
+    """Before the first step the loss is that of the pattern, by hand; with the term it is larger by alpha |p - y|^2."""
+    obs, batch = client("lenet", 1, (3, 12, 12))
+    plain, termed = (CPL(steps=1, max_iter=1, pattern=5, label=alpha, frames=1) for alpha in (0.0, 0.7))
+    traces = [attack(obs, torch.Generator().manual_seed(4)).trace.item() for attack in (plain, termed)]
+    patch = torch.rand(1, 1, 3, 5, 5, generator=torch.Generator().manual_seed(4))[0]
+    pattern = torch.cat([torch.cat([patch] * 3, 2)] * 3, 3)[..., :12, :12]
+    apart = sum((obs.simulate(pattern, batch.labels)[k] - g).square().sum() for k, g in obs.gradient.items()).item()
+    p = obs.model(pattern).softmax(1).squeeze(0)
+    term = sum((v - (k == batch.labels.item())) ** 2 for k, v in enumerate(p.tolist()))
+    assert traces[0] == pytest.approx(apart, rel=1e-5) and traces[1] == pytest.approx(apart + 0.7 * term, rel=1e-5)
+
+
+def test_cpl_without_its_term_is_idlg_from_another_start(client, monkeypatch):
+    obs, _ = client("lenet", 1, (3, 12, 12))
+    monkeypatch.setattr("gi_lib.attacks.cpl.patterned", lambda obs, width: gaussian(obs))
+    mine, idlg = (attack(steps=2, max_iter=3)(obs, torch.Generator().manual_seed(3)) for attack in (CPL, IDLG))
+    assert torch.equal(mine.images, idlg.images) and torch.equal(mine.trace, idlg.trace)
+
+
+def test_a_wrong_label_ruins_cpl(client):
+    obs, batch = client("lenet", 1, (3, 12, 12))
+    wrong = dataclasses.replace(obs, labels=(batch.labels + 1) % 4)
+    attack = CPL(steps=8, pattern=6)
+    right, misled = (attack(view, torch.Generator().manual_seed(3)) for view in (obs, wrong))
+    assert right.loss < 1e-3 * misled.loss
+
+
+def test_the_kernel_of_sapag_narrows_to_its_width(client):
+    obs, batch = client("lenet", 1, (3, 12, 12))
+    rec = SAPAG(steps=4, wide=7.0)(obs, torch.Generator().manual_seed(3))
+    start = torch.randn(1, 1, 3, 12, 12, generator=torch.Generator().manual_seed(3))[0]
+    assert rec.trace[0].item() == pytest.approx(
+        gaussian_kernel(obs.simulate(start, batch.labels), obs.gradient, 7.0).item(), rel=1e-5
+    )
+    end = gaussian_kernel(obs.simulate(rec.images, batch.labels), obs.gradient, 1.0)
+    assert rec.loss == pytest.approx(end.item(), rel=1e-5)
 
 
 def test_idlg_is_dlg_with_the_label_read_off(client):
@@ -446,6 +508,13 @@ def test_dlg_fails_when_relu_takes_the_sigmoids_place(monkeypatch):
     with pytest.warns(UserWarning, match="second derivatives"):
         _, scores, _ = attacked("lenet", DLG(steps=15, restarts=2), knows_labels=True)
     assert scores.psnr.item() < 10
+
+
+def test_sapag_needs_no_weights_of_dlgs_scale():
+    """The LeNet with PyTorch's own start: there L-BFGS on the squared distance hardly moves."""
+    _, kernel, _ = attacked("lenet_default", SAPAG(steps=120))
+    _, squared, _ = attacked("lenet_default", IDLG(steps=6))
+    assert kernel.psnr.item() > 20 and squared.psnr.item() < 10
 
 
 def test_inverting_gradients_recovers_a_digit_from_an_mlp():

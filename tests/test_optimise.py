@@ -123,6 +123,18 @@ def test_signed_adam_is_torchs_on_the_sign_with_the_steps_cut():
     assert sorted(set(rates), reverse=True) == pytest.approx([0.1, 0.01, 0.001, 0.0001])
 
 
+@pytest.mark.parametrize("drops", [(), (0.5,)])
+def test_adam_with_decay_is_torchs_adamw(drops):
+    found = minimise(convex, [START], optimiser=adam(0.1, decay=0.3, drops=drops), steps=8)
+    x = START.clone().requires_grad_()
+    optimiser = torch.optim.AdamW([x], lr=0.1, weight_decay=0.3)
+    for k in range(8):
+        optimiser.param_groups[0]["lr"] = 0.01 if drops and k >= 4 else 0.1
+        (x.grad,) = torch.autograd.grad(convex(x).sum(), [x])
+        optimiser.step()
+    torch.testing.assert_close(found.variables[0], x.detach())
+
+
 def test_projection_frames_and_counts():
     found = minimise(convex, [START], optimiser=adam(0.5), steps=20, project=lambda x: x.clamp_(-0.1, 0.1), frames=5)
     assert found.variables[0].abs().max() <= 0.1

@@ -1,13 +1,16 @@
-"""Distances, priors, parametrisations and label rules against plain loops and known cases."""
+"""Distances, priors, parametrisations, starts and label rules against plain loops and known cases."""
+
+import math
 
 import pytest
 import torch
 
 from gi_lib import Batch, labels, models, observe
 from gi_lib.copies import bn_statistics
-from gi_lib.matching import cosine, cosine_on_support, layer_l2, norm, squared_l2
+from gi_lib.matching import cosine, cosine_on_support, gaussian_kernel, layer_l2, norm, squared_l2
 from gi_lib.parametrisations import Pixels, TanhBox
-from gi_lib.priors import l2, statistics_distance, total_variation
+from gi_lib.priors import l2, label_distance, statistics_distance, total_variation
+from gi_lib.search import patterned
 from gi_lib.types import WithheldError
 
 
@@ -27,6 +30,43 @@ def test_distances_against_loops(rng):
     assert squared_l2(mine, theirs).item() == pytest.approx(total, rel=1e-5)
     assert layer_l2(mine, theirs).item() == pytest.approx(norms, rel=1e-5)
     assert cosine(mine, theirs).item() == pytest.approx(1 - dot / (a2 * b2) ** 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5, 3.0])
+def test_the_gaussian_kernel_against_loops(width, rng):
+    mine, theirs = gradients(rng)
+    total = 0.0
+    for name in theirs:
+        ours, seen = mine[name].flatten().tolist(), theirs[name].flatten().tolist()
+        n, mean = len(seen), sum(seen) / len(seen)
+        spread = sum((y - mean) ** 2 for y in seen) / n
+        if n == 1:  # one number has no spread: its square
+            spread = seen[0] ** 2
+        apart = sum((x - y) ** 2 for x, y in zip(ours, seen, strict=True)) / n
+        total += 1 - math.exp(-apart / (width**2 * spread))
+    assert gaussian_kernel(mine, theirs, width).item() == pytest.approx(total, rel=1e-5)
+    assert gaussian_kernel(mine, theirs, torch.tensor(width)).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_the_gaussian_kernel_measures_each_layer_by_its_own_spread(rng):
+    """A layer whose gradients are all a million times smaller counts as before; one of zeros adds 0, or 1 if missed."""
+    mine, theirs = gradients(rng)
+    small = [{**gradient, "a": 1e-6 * gradient["a"]} for gradient in (mine, theirs)]
+    torch.testing.assert_close(gaussian_kernel(*small), gaussian_kernel(mine, theirs))
+    dead = {**theirs, "a": torch.zeros(2, 3)}
+    assert gaussian_kernel(dead, dead).item() == 0
+    assert gaussian_kernel({**dead, "a": mine["a"]}, dead).item() == pytest.approx(1)
+
+
+def test_the_gaussian_kernel_saturates_far_away_and_a_wider_one_does_not(rng):
+    mine, theirs = gradients(rng)
+    mine = {name: (100 + g).requires_grad_() for name, g in mine.items()}
+
+    def slope(width):
+        found = torch.autograd.grad(gaussian_kernel(mine, theirs, width), list(mine.values()))
+        return max(g.abs().max().item() for g in found)
+
+    assert slope(1.0) == 0 and slope(1000.0) > 0
 
 
 def test_cosine_ignores_scale_and_survives_small_and_zero_gradients(rng):
@@ -51,7 +91,7 @@ def test_cosine_on_the_support_looks_at_no_entry_that_was_pruned(rng):
 
 def test_distances_are_zero_only_at_the_gradient(rng):
     mine, theirs = gradients(rng)
-    for distance in (squared_l2, cosine, layer_l2):
+    for distance in (squared_l2, cosine, layer_l2, gaussian_kernel):
         assert distance(mine, mine).item() == pytest.approx(0, abs=1e-6) and distance(mine, theirs).item() > 0.1
 
 
@@ -86,6 +126,28 @@ def test_the_statistics_distance_is_zero_at_the_batch_and_has_its_derivative(cli
         (a - b).square().sum().sqrt() for name in found for a, b in zip(found[name], obs.bn_stats[name], strict=True)
     )
     torch.testing.assert_close(statistics_distance(obs.model, x, obs.bn_stats), by_hand)
+
+
+def test_the_label_distance_against_loops(client):
+    obs, batch = client("lenet", 2, (3, 12, 12))
+    logits = obs.model(batch.images).tolist()
+    total = 0.0
+    for u, y in zip(logits, batch.labels.tolist(), strict=True):
+        e = [math.exp(v) for v in u]
+        total += sum((v / sum(e) - (k == y)) ** 2 for k, v in enumerate(e))
+    assert label_distance(obs.model, batch.images, batch.labels).item() == pytest.approx(total / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 4, 5, 12, 40])
+def test_a_pattern_is_one_patch_tiled_from_the_upper_left(width, client):
+    obs, _ = client("lenet", 2, (3, 12, 10))
+    x = patterned(obs, width)(3, torch.Generator().manual_seed(2))
+    assert x.shape == (3, 2, 3, 12, 10) and x.min() >= 0 and x.max() <= 1
+    for i in range(12):
+        for j in range(10):
+            assert torch.equal(x[..., i, j], x[..., i % width, j % width])
+    patch = x[..., : min(width, 12), : min(width, 10)]
+    assert len(patch.unique()) > 0.99 * patch.numel()  # of each row, image and channel its own
 
 
 @pytest.mark.parametrize(

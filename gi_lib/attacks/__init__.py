@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gi_lib.attacks.bias_ratio import BiasRatio
     from gi_lib.attacks.copa import COPA
+    from gi_lib.attacks.cpl import CPL
     from gi_lib.attacks.dlg import DLG
     from gi_lib.attacks.gradinversion import GradInversion
     from gi_lib.attacks.idlg import IDLG
     from gi_lib.attacks.inverting_gradients import InvertingGradients
     from gi_lib.attacks.rgap import RGAP
     from gi_lib.attacks.robbing_the_fed import RobbingTheFed
+    from gi_lib.attacks.sapag import SAPAG
 
 
 class Registry(Mapping[str, Any]):
@@ -53,21 +55,25 @@ ATTACKS = Registry(
     {
         "bias_ratio": "BiasRatio",
         "copa": "COPA",
+        "cpl": "CPL",
         "dlg": "DLG",
         "gradinversion": "GradInversion",
         "idlg": "IDLG",
         "inverting_gradients": "InvertingGradients",
         "rgap": "RGAP",
         "robbing_the_fed": "RobbingTheFed",
+        "sapag": "SAPAG",
     }
 )
 
 __all__ = [
     "ATTACKS",
     "COPA",
+    "CPL",
     "DLG",
     "IDLG",
     "RGAP",
+    "SAPAG",
     "BiasRatio",
     "GradInversion",
     "InvertingGradients",

@@ -224,6 +224,7 @@ MODELS = {
     "resnet20_4": Architecture(networks.resnet20_4, he_fan_out, normalised=True),
     "resnet56": Architecture(networks.resnet56, he_fan_out, normalised=True),
     "lenet_normalised": Architecture(networks.lenet, uniform_half, normalised=True),
+    "lenet_default": Architecture(networks.lenet, torch_default, normalised=False),
     "lenet5": Architecture(networks.lenet5, torch_default, normalised=False),
     "squeezenet": Architecture(networks.squeezenet, he_fan_out, normalised=True),
 }
