@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gi_lib import results
-from gi_lib.attacks import DLG, IDLG, BiasRatio, InvertingGradients
+from gi_lib.attacks import DLG, IDLG, BiasRatio, InvertingGradients, PracticalRecipe
 from gi_lib.bench import Case, protocol
 
 
@@ -40,6 +40,8 @@ WANTED = (  # technique, its attack, setting, rung, stage of the queue, cells
     ("dlg", DLG(), "default", 2, 6, [pair for pair in ALL if pair[0] in protocol.SMALL]),
     ("idlg", IDLG(), "default", 1, 6, [pair for pair in ALL if pair[0] in protocol.LARGE]),
     ("idlg", IDLG(), "default", 2, 6, [pair for pair in ALL if pair[0] in protocol.SMALL]),
+    ("practical_recipe", PracticalRecipe(), "tuned", 1, 6, CIFAR10),
+    ("practical_recipe", PracticalRecipe(), "tuned", 2, 6, CIFAR10),
 )
 
 PLAN = []

@@ -8,7 +8,18 @@ import warnings
 import pytest
 import torch
 
-from gi_lib import Batch, Client, NotApplicableError, ThreatModel, WithheldError, data, evaluate, models, observe
+from gi_lib import (
+    Batch,
+    Client,
+    NotApplicableError,
+    ThreatModel,
+    WithheldError,
+    data,
+    evaluate,
+    labels,
+    models,
+    observe,
+)
 from gi_lib.attacks import (
     ATTACKS,
     DLG,
@@ -463,6 +474,24 @@ def test_the_recipe_says_where_it_can_read_no_features(client, rng):
     gradient = obs.gradient | {"net.7.bias": torch.zeros(4)}
     with pytest.raises(NotApplicableError, match="which is 0 at label 0; set feature=0"):
         PracticalRecipe(steps=1)(dataclasses.replace(obs, gradient=gradient), rng)
+
+
+def test_inverting_gradients_seeks_labels_that_no_rule_gives(rng):
+    """A batch with a repeated label, which column_min misses."""
+    model = models.build("mlp", num_classes=4, image_shape=(1, 8, 8))
+    obs = observe(model, Batch(torch.rand(2, 1, 8, 8, generator=rng), torch.tensor([2, 2])), rng=rng)
+    rec = InvertingGradients(steps=30, label_rule=None)(obs, torch.Generator().manual_seed(0))
+    assert rec.labels.tolist() == [2, 2]
+    assert InvertingGradients(steps=1)(obs, torch.Generator()).labels.tolist() != [2, 2]
+
+
+def test_known_labels_are_not_sought(client):
+    obs, batch = client("lenet", 3, (3, 12, 12), knows_labels=True)
+    sought, given = (
+        InvertingGradients(steps=3, label_rule=rule)(obs, torch.Generator().manual_seed(0))
+        for rule in (None, labels.infer)
+    )
+    assert torch.equal(sought.images, given.images) and sought.labels.tolist() == batch.labels.tolist()
 
 
 def expected_share(bins, size):
