@@ -27,10 +27,12 @@ from gi_lib.attacks import (
     BiasRatio,
     GradInversion,
     InvertingGradients,
+    Multiscale,
     PracticalRecipe,
     RobbingTheFed,
 )
 from gi_lib.attacks.gradinversion import registered_mean
+from gi_lib.attacks.multiscale import enlarge, focus
 from gi_lib.attacks.practical_recipe import features_of
 from gi_lib.matching import cosine
 from gi_lib.optimise import hard_sign, minimise
@@ -44,6 +46,7 @@ CONTRACT = {  # name -> (a small instance, a model that suits it)
     "gradinversion": (GradInversion(steps=3, renew=1, group_start=0.0, restarts=2, frames=2), "convnet"),
     "idlg": (IDLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
     "inverting_gradients": (InvertingGradients(steps=3, restarts=2, frames=2), "convnet"),
+    "multiscale": (Multiscale(steps=6, stages=3, restarts=2, frames=3), "lenet"),
     "practical_recipe": (PracticalRecipe(steps=3, restarts=2, frames=2), "lenet"),
     "robbing_the_fed": (RobbingTheFed(bins=8, surrogates=64), "lenet"),
 }
@@ -224,6 +227,8 @@ BAD_SETTINGS = [
     (InvertingGradients, {"steps": -5}, "InvertingGradients needs steps"),
     (GradInversion, {"renew": 0}, "GradInversion needs renew"),
     (GradInversion, {"bn": math.nan}, "GradInversion needs bn"),
+    (Multiscale, {"stages": 0}, "Multiscale needs stages, a whole number >= 1, got 0"),
+    (Multiscale, {"stages": 7, "steps": 6}, "Multiscale needs steps, a whole number >= 7, got 6"),
     (PracticalRecipe, {"patch": 0}, "PracticalRecipe needs patch, a whole number >= 1, got 0"),
     (PracticalRecipe, {"warm_up": -1}, "PracticalRecipe needs warm_up, a whole number >= 0"),
     (PracticalRecipe, {"feature": -0.1}, "PracticalRecipe needs feature, a finite number >= 0"),
@@ -474,6 +479,46 @@ def test_the_recipe_says_where_it_can_read_no_features(client, rng):
     gradient = obs.gradient | {"net.7.bias": torch.zeros(4)}
     with pytest.raises(NotApplicableError, match="which is 0 at label 0; set feature=0"):
         PracticalRecipe(steps=1)(dataclasses.replace(obs, gradient=gradient), rng)
+
+
+def test_a_focus_holds_the_image_at_half_of_the_sides_in_fresh_noise(rng):
+    z = torch.full((2, 1, 3, 5, 5), 7.0)
+    larger = focus(z, (12, 8), rng)
+    assert larger.shape == (2, 1, 3, 12, 8) and (larger[..., 3:9, 2:6] == 7).all()
+    assert (larger == 7).sum() == 2 * 3 * 6 * 4
+    around = larger[larger != 7]
+    assert around.mean().abs() < 0.2 and 0.8 < around.std() < 1.2
+
+
+def test_enlarging_is_bilinear(rng):
+    z = torch.rand(3, 1, 2, 4, 4, generator=rng)
+    expected = [torch.nn.functional.interpolate(x, (9, 6), mode="bilinear") for x in z]
+    torch.testing.assert_close(enlarge(z, (9, 6), rng), torch.stack(expected))
+    assert torch.equal(enlarge(z, (4, 4), rng), z)
+
+
+def test_multiscale_of_one_stage_is_inverting_gradients_that_keeps_its_best(client):
+    obs, _ = client("lenet", 1, (3, 12, 12), knows_labels=True)
+    one, plain = (
+        attack(obs, torch.Generator().manual_seed(0))
+        for attack in (Multiscale(steps=8, stages=1, tv=1e-4), InvertingGradients(steps=8))
+    )
+    torch.testing.assert_close(one.trace, plain.trace)
+
+
+def test_the_stages_of_multiscale_see_larger_images_and_share_the_steps(client, monkeypatch):
+    obs, _ = client("lenet", 1, (3, 12, 12), knows_labels=True)
+    sides, steps = [], []
+
+    def watched(loss, start, **settings):
+        sides.append((start.variables if hasattr(start, "variables") else start)[0].shape[-1])
+        steps.append(settings["steps"])
+        return minimise(loss, start, **settings)
+
+    monkeypatch.setattr("gi_lib.search.minimise", watched)
+    monkeypatch.setattr("gi_lib.attacks.multiscale.minimise", watched)
+    rec = Multiscale(steps=11, stages=4)(obs, torch.Generator().manual_seed(0))
+    assert sides == [3, 6, 9, 12] and steps == [2, 2, 2, 5] and rec.steps == 11
 
 
 def test_inverting_gradients_seeks_labels_that_no_rule_gives(rng):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gi_lib.attacks.gradinversion import GradInversion
     from gi_lib.attacks.idlg import IDLG
     from gi_lib.attacks.inverting_gradients import InvertingGradients
+    from gi_lib.attacks.multiscale import Multiscale
     from gi_lib.attacks.practical_recipe import PracticalRecipe
     from gi_lib.attacks.robbing_the_fed import RobbingTheFed
 
@@ -55,6 +56,7 @@ ATTACKS = Registry(
         "gradinversion": "GradInversion",
         "idlg": "IDLG",
         "inverting_gradients": "InvertingGradients",
+        "multiscale": "Multiscale",
         "practical_recipe": "PracticalRecipe",
         "robbing_the_fed": "RobbingTheFed",
     }
@@ -67,6 +69,7 @@ __all__ = [
     "BiasRatio",
     "GradInversion",
     "InvertingGradients",
+    "Multiscale",
     "PracticalRecipe",
     "Registry",
     "RobbingTheFed",
