@@ -111,7 +111,7 @@ class PracticalRecipe:
 
         def loss(z):
             total = match(z) + self.tv * self.prior(z)
-            if h is None:
+            if last is None or h is None:
                 return total
             apart = feature_distance(obs.model, pixels.image(z), last, h)
             return total + self.feature * apart
