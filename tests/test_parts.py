@@ -1,10 +1,12 @@
 """Distances, priors, parametrisations and label rules against plain loops and known cases."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from gi_lib import Batch, labels, models, observe
-from gi_lib.copies import bn_statistics
+from gi_lib.copies import bn_statistics, input_of
 from gi_lib.matching import cosine, layer_l2, norm, squared_l2
 from gi_lib.parametrisations import Pixels, TanhBox
 from gi_lib.priors import (
@@ -105,6 +107,17 @@ def test_an_edge_of_brightness_costs_less_than_an_edge_of_colour_and_a_flat_imag
     assert colour_total_variation(grey) < colour_total_variation(red_and_green)
     value = colour_total_variation(flat)
     assert value.item() == 0 and torch.autograd.grad(value, flat)[0].abs().max() == 0
+
+
+def test_the_input_of_a_layer_is_that_of_ones_own_pass(client, rng):
+    """Threads share the model, and its hooks."""
+    obs, _ = client("lenet")
+    images = [torch.rand(1, 3, 8, 8, generator=rng) for _ in range(40)]
+    alone = [input_of(obs.model, "net.7.weight", x) for x in images]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda x: input_of(obs.model, "net.7.weight", x), images))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert not obs.model.get_submodule("net.7")._forward_pre_hooks
 
 
 def test_the_statistics_distance_is_zero_at_the_batch_and_has_its_derivative(client):
