@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gi_lib import results
-from gi_lib.attacks import CPL, DLG, IDLG, SAPAG, BiasRatio, InvertingGradients
+from gi_lib.attacks import CPL, DLG, IDLG, SAPAG, BiasRatio, InvertingGradients, PracticalRecipe
 from gi_lib.bench import Case, protocol
 
 
@@ -47,6 +47,8 @@ WANTED = (  # technique, its attack, setting, rung, stage of the queue, cells
     ("cpl", CPL(), "default", 2, 7, CIFAR10),
     ("sapag", SAPAG(), "tuned", 1, 7, CIFAR10),
     ("sapag", SAPAG(), "tuned", 2, 7, CIFAR10),
+    ("practical_recipe", PracticalRecipe(), "tuned", 1, 6, CIFAR10),
+    ("practical_recipe", PracticalRecipe(), "tuned", 2, 6, CIFAR10),
 )
 
 PLAN = []

@@ -10,13 +10,13 @@ import dataclasses
 from pathlib import Path
 
 from gi_lib import results
-from gi_lib.attacks import SAPAG, InvertingGradients
+from gi_lib.attacks import SAPAG, InvertingGradients, PracticalRecipe
 from gi_lib.bench import protocol
 
 RECORDS = results.by_key(Path(__file__).parents[1] / "results" / "tuning.jsonl")
 CASES = [case for attack in (InvertingGradients(),) for case in protocol.tuning(attack, RECORDS)]
 CASES += [
     dataclasses.replace(case, stage=6)
-    for attack in (SAPAG(),)
+    for attack in (PracticalRecipe(), SAPAG())
     for case in protocol.tuning(attack, RECORDS, datasets=("cifar10",))
 ]

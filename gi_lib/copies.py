@@ -488,3 +488,24 @@ def bn_statistics(model: nn.Module, images: Tensor) -> Statistics:
     with inputs_of_batch_norms() as seen, drawing(model, None):
         forward(model, images)
     return {names[id(layer)]: batch_statistics(x) for layer, x in seen if id(layer) in names}
+
+
+def input_of(model: nn.Module, weight: str, images: Tensor) -> Tensor:
+    """What the layer with a weight of this name is given [B, ...], differentiable in the images.
+
+    Threads may share the model: the hook looks at the pass of its own thread alone.
+    """
+    layer, mine = model.get_submodule(weight.rpartition(".")[0]), threading.get_ident()
+    found: list[Tensor] = []
+
+    def runs(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() == mine:
+            found.append(inputs[0])
+
+    hook = layer.register_forward_pre_hook(runs)
+    try:
+        with drawing(model, None):
+            forward(model, images)
+    finally:
+        hook.remove()
+    return found[-1]

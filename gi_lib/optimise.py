@@ -4,6 +4,7 @@ Restarts are rows: every variable has a leading axis R, the loss is that of one 
 """
 
 import contextlib
+import dataclasses
 import inspect
 import math
 import time
@@ -300,6 +301,49 @@ def adam(
 
         prepare()
         return Method(step, prepare, capturable=True, memory={"m": m, "v": v}, failed=failed)
+
+    return begin
+
+
+Squash = Callable[[Tensor, Tensor], Tensor]
+"""(gradient g, now = k / steps) -> what the optimiser sees in its place, element by element."""
+
+
+def hard_sign(g: Tensor, now: Tensor) -> Tensor:
+    """The sign of g: -1, 0 or 1."""
+    return g.sign()
+
+
+def soft_sign(g: Tensor, now: Tensor) -> Tensor:
+    """tanh(s g) / s with s = 1 - now: within 1 / s of 0, and g itself at the end (public framework breaching).
+
+    Entries of g much smaller than 1 / s are left as they are.
+    """
+    s = (1 - now).clamp_min(1e-6)
+    return (s * g).tanh() / s
+
+
+def squashed(optimiser: Optimiser, squash: Squash) -> Optimiser:
+    """The optimiser that sees squash(g, now) of each gradient g; what is not finite stays, so that its row fails."""
+
+    def begin(variables: list[Tensor], steps: int) -> Method:
+        method, k = optimiser(variables, steps), 0
+        now = torch.zeros((), dtype=variables[0].dtype, device=variables[0].device)
+
+        def step(evaluate: Evaluate) -> tuple[Rows, bool]:
+            def seen(rows: Tensor | slice) -> tuple[Rows, list[Tensor]]:
+                losses, gradients = evaluate(rows)
+                return losses, [torch.where(g.isfinite(), squash(g, now), g) for g in gradients]
+
+            return method.step(seen)
+
+        def between() -> None:
+            nonlocal k
+            method.between()
+            k += 1
+            now.fill_(k / steps)
+
+        return dataclasses.replace(method, step=step, between=between)
 
     return begin
 

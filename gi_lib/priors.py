@@ -1,14 +1,19 @@
 """What natural images look like: R(x), a scalar for one guess x [B, C, H, W]."""
 
+import itertools
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gi_lib.copies import bn_statistics, drawing, forward
+from gi_lib.copies import bn_statistics, drawing, forward, input_of
 from gi_lib.matching import norm
 from gi_lib.types import Classifier, Images, Labels, Statistics
 
 Scalar = Float[Tensor, ""]
+Prior = Callable[[Tensor], Tensor]
+"""(one guess [B, C, H, W]) -> a scalar."""
 
 
 def total_variation(x: Images) -> Scalar:
@@ -25,6 +30,31 @@ def total_variation(x: Images) -> Scalar:
             s.narrow(axis, 1, n).add_(step, alpha=weight)
             s.narrow(axis, 0, n).sub_(step, alpha=weight)
     return (x * s).sum()
+
+
+def isotropic_total_variation(x: Images) -> Scalar:
+    """Mean over pixels and channels of sqrt(dx^2 + dy^2), the length of the step to the right and down.
+
+    Across the last column or row the step is 0. Where both are 0, so is the derivative.
+    """
+    right, down = x.diff(dim=-1, append=x[..., -1:]), x.diff(dim=-2, append=x[..., -1:, :])
+    square = right.square() + down.square()
+    return torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0).mean()
+
+
+def colour_total_variation(x: Images) -> Scalar:
+    """The isotropic total variation of the channels and of their differences: R - G, R - B and G - B of colours.
+
+    Where two channels have an edge together, it counts in them and not in their difference: edges of brightness are
+    cheaper than edges of colour ("double opponents", public framework breaching). A single channel has no difference.
+    """
+    opponents = [a - b for a, b in itertools.combinations(x.split(1, dim=1), 2)]
+    return isotropic_total_variation(torch.cat([x, *opponents], dim=1))
+
+
+def feature_distance(model: Classifier, x: Images, weight: str, target: Float[Tensor, "B N"]) -> Scalar:
+    """Mean of (h(x) - target)^2, where h(x) [B, N] is what the dense layer of this weight is given."""
+    return (input_of(model, weight, x) - target).square().mean()
 
 
 def l2(x: Images) -> Scalar:

@@ -101,20 +101,20 @@ def gaussian(obs: Observation, *shape: int) -> Start:
     return lambda rows, rng: torch.randn(rows, *size, generator=rng).to(obs.device, obs.dtype)
 
 
-def patterned(obs: Observation, width: int) -> Start:
-    """One patch of `width` x `width` pixels, U(0, 1), tiled from the upper left and cropped: [B, C, H, W].
+def patterned(obs: Observation, width: int, draw: Callable[..., Tensor] = torch.rand) -> Start:
+    """One patch of `width` x `width` pixels, U(0, 1) or what `draw` gives, tiled and cropped to [B, C, H, W].
 
     The start of Wei et al. (ESORICS 2020). Width 1 is one colour; from the image's longer side on there is one tile,
     and so plain U(0, 1). A width that does not divide a side leaves a cut tile at the end.
     """
     (c, h, w), size = obs.image_shape, obs.batch_size or 1
 
-    def draw(rows: int, rng: torch.Generator) -> Tensor:
-        patch = torch.rand(rows, size, c, width, width, generator=rng)
+    def begin(rows: int, rng: torch.Generator) -> Tensor:
+        patch = draw(rows, size, c, width, width, generator=rng)
         tiled = patch.repeat(1, 1, 1, -(-h // width), -(-w // width))[..., :h, :w]
         return tiled.to(obs.device, obs.dtype)
 
-    return draw
+    return begin
 
 
 def certified(obs: Observation, images: Tensor, label_rule: LabelRule) -> Reconstruction:

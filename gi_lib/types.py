@@ -236,7 +236,7 @@ class Needs:
         facts: fields of the Observation that may not be withheld.
         model: tests of the Observation, each the reason why the attack does not apply, or None; the first line of
             its docstring says what is needed.
-        labels: whether the attack's `label_rule` must find the labels.
+        labels: whether the attack's `label_rule` must find the labels; None in its place seeks them with the images.
         batch: the largest batch; None takes any.
     """
 
@@ -356,9 +356,9 @@ class Observation:
         for test in needs.model:
             if reason := test(self):
                 raise NotApplicableError(f"{name} does not apply: {reason}")
-        if needs.labels:
+        if needs.labels and (rule := attack.label_rule) is not None:  # type: ignore[attr-defined]
             try:
-                attack.label_rule(self)  # type: ignore[attr-defined]
+                rule(self)
             except NotApplicableError as error:
                 raise NotApplicableError(f"{name} does not apply: {error}") from error
 

@@ -8,7 +8,18 @@ import warnings
 import pytest
 import torch
 
-from gi_lib import Batch, Client, NotApplicableError, ThreatModel, WithheldError, data, evaluate, models, observe
+from gi_lib import (
+    Batch,
+    Client,
+    NotApplicableError,
+    ThreatModel,
+    WithheldError,
+    data,
+    evaluate,
+    labels,
+    models,
+    observe,
+)
 from gi_lib.attacks import (
     ATTACKS,
     COPA,
@@ -20,12 +31,17 @@ from gi_lib.attacks import (
     BiasRatio,
     GradInversion,
     InvertingGradients,
+    Multiscale,
+    PracticalRecipe,
     RobbingTheFed,
 )
 from gi_lib.attacks.gradinversion import registered_mean
+from gi_lib.attacks.multiscale import enlarge, focus
+from gi_lib.attacks.practical_recipe import features_of
 from gi_lib.matching import cosine, gaussian_kernel
-from gi_lib.optimise import minimise
-from gi_lib.search import gaussian
+from gi_lib.optimise import hard_sign, minimise
+from gi_lib.priors import feature_distance, isotropic_total_variation
+from gi_lib.search import gaussian, patterned
 from gi_lib.types import Needs
 
 CONTRACT = {  # name -> (a small instance, a model that suits it)
@@ -37,6 +53,8 @@ CONTRACT = {  # name -> (a small instance, a model that suits it)
     "idlg": (IDLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
     "inverting_gradients": (InvertingGradients(steps=3, restarts=2, frames=2), "convnet"),
     "rgap": (RGAP(), "cnn6"),
+    "multiscale": (Multiscale(steps=6, stages=3, restarts=2, frames=3), "lenet"),
+    "practical_recipe": (PracticalRecipe(steps=3, restarts=2, frames=2), "lenet"),
     "robbing_the_fed": (RobbingTheFed(bins=8, surrogates=64), "lenet"),
     "sapag": (SAPAG(steps=3, restarts=2, tv=1e-3, frames=2), "lenet"),
 }
@@ -221,6 +239,11 @@ BAD_SETTINGS = [
     (InvertingGradients, {"steps": -5}, "InvertingGradients needs steps"),
     (GradInversion, {"renew": 0}, "GradInversion needs renew"),
     (GradInversion, {"bn": math.nan}, "GradInversion needs bn"),
+    (Multiscale, {"stages": 0}, "Multiscale needs stages, a whole number >= 1, got 0"),
+    (Multiscale, {"stages": 7, "steps": 6}, "Multiscale needs steps, a whole number >= 7, got 6"),
+    (PracticalRecipe, {"patch": 0}, "PracticalRecipe needs patch, a whole number >= 1, got 0"),
+    (PracticalRecipe, {"warm_up": -1}, "PracticalRecipe needs warm_up, a whole number >= 0"),
+    (PracticalRecipe, {"feature": -0.1}, "PracticalRecipe needs feature, a finite number >= 0"),
     (RobbingTheFed, {"bins": 1}, "RobbingTheFed needs bins, a whole number >= 2"),
     (SAPAG, {"wide": 0.5}, "SAPAG needs wide, a finite number >= 1, got 0.5"),
     (SAPAG, {"decay": -0.1}, "SAPAG needs decay"),
@@ -460,6 +483,116 @@ def test_gradinversion_is_pulled_to_its_consensus(monkeypatch):
         GradInversion(steps=30, restarts=3, group=group, **alone)(obs, torch.Generator().manual_seed(0))
     free, pulled = (end.variables[0].std(0).mean() for end in ends)
     assert pulled < 0.3 * free
+
+
+def test_the_recipes_features_are_those_of_the_private_image(client):
+    obs, batch = client("lenet", 1, knows_labels=True)
+    last, h = "net.7.weight", features_of(obs, obs.labels)
+    torch.testing.assert_close(h, obs.model.net[:7]((batch.images - obs.model.mean) / obs.model.std).detach())
+    assert feature_distance(obs.model, batch.images, last, h).item() < 1e-10
+    assert feature_distance(obs.model, batch.images.roll(1, 3), last, h).item() > 1e-6
+
+
+def test_the_recipes_features_of_a_batch_are_the_mixture_of_the_bias_ratio(client):
+    obs, batch = client("lenet", 3, knows_labels=True)
+    features, logits = obs.model.net[:7](batch.images), obs.model(batch.images)
+    mix = logits.softmax(1) - torch.nn.functional.one_hot(batch.labels, 4)
+    expected = [(mix[:, y, None] * features).sum(0) / mix[:, y].sum() for y in obs.labels]
+    torch.testing.assert_close(features_of(obs, obs.labels), torch.stack(expected), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"squash": hard_sign}, {"prior": isotropic_total_variation}, {"patch": 12}, {"feature": 0.0}, {"tv": 0.0}],
+    ids=lambda other: next(iter(other)),
+)
+def test_each_part_of_the_recipe_has_an_effect(client, other):
+    obs, _ = client("lenet", 2, (3, 12, 12), knows_labels=True)
+    full = PracticalRecipe(steps=5, warm_up=0)
+    ends = [
+        attack(obs, torch.Generator().manual_seed(0)).images for attack in (full, dataclasses.replace(full, **other))
+    ]
+    assert (ends[0] - ends[1]).abs().max() > 1e-3
+
+
+def test_the_recipe_from_one_patch_as_large_as_the_image_starts_from_noise(client):
+    obs, _ = client("lenet", 2, (3, 12, 12))
+    draw = lambda start: start(3, torch.Generator().manual_seed(0))  # noqa: E731
+    assert torch.equal(draw(patterned(obs, 12, torch.randn)), draw(gaussian(obs)))
+    tiled = draw(patterned(obs, 4, torch.randn))
+    assert torch.equal(tiled, tiled.roll(4, -1)) and torch.equal(tiled, tiled.roll(4, -2))
+    assert tiled.shape == (3, 2, 3, 12, 12) and not torch.equal(tiled[..., :4, :4], tiled[..., 1:5, :4])
+
+
+def test_the_recipe_says_where_it_can_read_no_features(client, rng):
+    obs, _ = client("cnn6", 1, (3, 12, 12), knows_labels=True)
+    with pytest.raises(
+        NotApplicableError, match="gradient of the last layer's bias, and the model has none.*feature=0"
+    ):
+        PracticalRecipe(steps=1)(obs, rng)
+    assert PracticalRecipe(steps=1, feature=0.0)(obs, rng).images.shape == (1, 3, 12, 12)
+    obs, _ = client("lenet", 1, (3, 12, 12), knows_labels=True)
+    gradient = obs.gradient | {"net.7.bias": torch.zeros(4)}
+    with pytest.raises(NotApplicableError, match="which is 0 at label 0; set feature=0"):
+        PracticalRecipe(steps=1)(dataclasses.replace(obs, gradient=gradient), rng)
+
+
+def test_a_focus_holds_the_image_at_half_of_the_sides_in_fresh_noise(rng):
+    z = torch.full((2, 1, 3, 5, 5), 7.0)
+    larger = focus(z, (12, 8), rng)
+    assert larger.shape == (2, 1, 3, 12, 8) and (larger[..., 3:9, 2:6] == 7).all()
+    assert (larger == 7).sum() == 2 * 3 * 6 * 4
+    around = larger[larger != 7]
+    assert around.mean().abs() < 0.2 and 0.8 < around.std() < 1.2
+
+
+def test_enlarging_is_bilinear(rng):
+    z = torch.rand(3, 1, 2, 4, 4, generator=rng)
+    expected = [torch.nn.functional.interpolate(x, (9, 6), mode="bilinear") for x in z]
+    torch.testing.assert_close(enlarge(z, (9, 6), rng), torch.stack(expected))
+    assert torch.equal(enlarge(z, (4, 4), rng), z)
+
+
+def test_multiscale_of_one_stage_is_inverting_gradients_that_keeps_its_best(client):
+    obs, _ = client("lenet", 1, (3, 12, 12), knows_labels=True)
+    one, plain = (
+        attack(obs, torch.Generator().manual_seed(0))
+        for attack in (Multiscale(steps=8, stages=1, tv=1e-4), InvertingGradients(steps=8))
+    )
+    torch.testing.assert_close(one.trace, plain.trace)
+
+
+def test_the_stages_of_multiscale_see_larger_images_and_share_the_steps(client, monkeypatch):
+    obs, _ = client("lenet", 1, (3, 12, 12), knows_labels=True)
+    sides, steps = [], []
+
+    def watched(loss, start, **settings):
+        sides.append((start.variables if hasattr(start, "variables") else start)[0].shape[-1])
+        steps.append(settings["steps"])
+        return minimise(loss, start, **settings)
+
+    monkeypatch.setattr("gi_lib.search.minimise", watched)
+    monkeypatch.setattr("gi_lib.attacks.multiscale.minimise", watched)
+    rec = Multiscale(steps=11, stages=4)(obs, torch.Generator().manual_seed(0))
+    assert sides == [3, 6, 9, 12] and steps == [2, 2, 2, 5] and rec.steps == 11
+
+
+def test_inverting_gradients_seeks_labels_that_no_rule_gives(rng):
+    """A batch with a repeated label, which column_min misses."""
+    model = models.build("lenet", num_classes=4, image_shape=(1, 8, 8))
+    obs = observe(model, Batch(torch.rand(2, 1, 8, 8, generator=rng), torch.tensor([2, 2])), rng=rng)
+    rec = InvertingGradients(steps=150, label_rule=None)(obs, torch.Generator().manual_seed(0))
+    assert rec.labels.tolist() == [2, 2]
+    assert InvertingGradients(steps=1)(obs, torch.Generator()).labels.tolist() != [2, 2]
+
+
+def test_known_labels_are_not_sought(client):
+    obs, batch = client("lenet", 3, (3, 12, 12), knows_labels=True)
+    sought, given = (
+        InvertingGradients(steps=3, label_rule=rule)(obs, torch.Generator().manual_seed(0))
+        for rule in (None, labels.infer)
+    )
+    assert torch.equal(sought.images, given.images) and sought.labels.tolist() == batch.labels.tolist()
 
 
 def expected_share(bins, size):

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from gi_lib import optimise
-from gi_lib.optimise import adam, cosine_decay, lbfgs, minimise
+from gi_lib.optimise import adam, cosine_decay, hard_sign, lbfgs, minimise, soft_sign, squashed
 from gi_lib.search import best_of, generators
 
 RNG = torch.Generator().manual_seed(3)
@@ -100,7 +100,9 @@ def test_lbfgs_ends_when_every_row_is_settled():
     assert len(found.trace) < 10 and found.variables[0].abs().max() < 1e-7
 
 
-@pytest.mark.parametrize("optimiser", [adam(0.1, signed=True, drops=(0.5,)), adam(0.01), lbfgs(0.2)])
+@pytest.mark.parametrize(
+    "optimiser", [adam(0.1, signed=True, drops=(0.5,)), squashed(adam(0.1), soft_sign), adam(0.01), lbfgs(0.2)]
+)
 def test_stacked_restarts_equal_separate_ones(optimiser):
     together = minimise(convex, [START], optimiser=optimiser, steps=6)
     for row in range(len(START)):
@@ -264,6 +266,45 @@ def test_cosine_decay_with_a_warm_up_is_torchs_on_a_lambda():
         optimiser.step()
         scheduler.step()
     torch.testing.assert_close(found.variables[0], x.detach())
+
+
+def test_a_soft_sign_is_the_gradient_at_the_end_and_bounded_before():
+    g = torch.tensor([-50.0, -0.3, 0.0, 1e-4, 2.0], dtype=torch.float64)
+    now = lambda k: torch.tensor(k, dtype=torch.float64)  # noqa: E731
+    torch.testing.assert_close(soft_sign(g, now(1.0)), g, rtol=1e-8, atol=0)
+    torch.testing.assert_close(soft_sign(g, now(1 - 1e-4)), g, rtol=1e-4, atol=0)
+    torch.testing.assert_close(soft_sign(g, now(0.0)), torch.tensor([math.tanh(v) for v in g.tolist()]).double())
+    for k in (0.0, 0.5, 0.9):
+        assert (soft_sign(g, now(k)).abs() <= 1 / (1 - k) + 1e-9).all()
+        assert torch.equal(soft_sign(g, now(k)).sign(), g.sign())
+
+
+def test_adam_on_a_squashed_gradient_is_torchs_on_it():
+    found = minimise(convex, [START], optimiser=squashed(adam(0.1, cosine=True, warm_up=2), soft_sign), steps=8)
+    x = START.clone().requires_grad_()
+    optimiser = torch.optim.Adam([x], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: cosine_decay(k / 8) * min(1, (k + 1) / 3))
+    for k in range(8):
+        (g,), s = torch.autograd.grad(convex(x).sum(), [x]), 1 - k / 8
+        x.grad = torch.tanh(s * g) / s
+        optimiser.step()
+        scheduler.step()
+    torch.testing.assert_close(found.variables[0], x.detach())
+    hard = [
+        minimise(convex, [START], optimiser=o, steps=5)
+        for o in (squashed(adam(0.1), hard_sign), adam(0.1, signed=True))
+    ]
+    assert torch.equal(hard[0].variables[0], hard[1].variables[0])
+
+
+@pytest.mark.parametrize("squash", [hard_sign, soft_sign])
+def test_a_squash_hides_no_gradient_that_is_not_finite(squash):
+    def loss(x, now):
+        return convex(x) + torch.where((now == 0.25) & (x[0] > 0), torch.inf, 0.0) * (x.sum() - x.sum().detach())
+
+    start = START.abs() * torch.tensor([1.0, -1, -1, 1, -1], dtype=torch.float64)[:, None]
+    found = minimise(loss, [start], optimiser=squashed(adam(1e-3), squash), steps=4)
+    assert found.losses.isnan().tolist() == [True, False, False, True, False]
 
 
 def test_best_of_counts_nan_as_infinite():

@@ -1,15 +1,23 @@
 """Distances, priors, parametrisations, starts and label rules against plain loops and known cases."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from gi_lib import Batch, labels, models, observe
-from gi_lib.copies import bn_statistics
+from gi_lib.copies import bn_statistics, input_of
 from gi_lib.matching import cosine, cosine_on_support, gaussian_kernel, layer_l2, norm, squared_l2
 from gi_lib.parametrisations import Pixels, TanhBox
-from gi_lib.priors import l2, label_distance, statistics_distance, total_variation
+from gi_lib.priors import (
+    colour_total_variation,
+    isotropic_total_variation,
+    l2,
+    label_distance,
+    statistics_distance,
+    total_variation,
+)
 from gi_lib.search import patterned
 from gi_lib.types import WithheldError
 
@@ -115,6 +123,53 @@ def test_total_variation_against_three_loops(rng):
     assert l2(x).item() == pytest.approx((x**2).mean().item())
     x = x.double().requires_grad_()
     assert torch.autograd.gradcheck(total_variation, x)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colour_total_variation_against_plain_loops(channels, rng):
+    x = torch.rand(2, channels, 4, 5, generator=rng)
+    plain, coloured = [], []
+    for image in x.tolist():
+        planes = list(image)
+        for a in range(channels):
+            for b in range(a + 1, channels):
+                planes.append(
+                    [[p - q for p, q in zip(r, s, strict=True)] for r, s in zip(image[a], image[b], strict=True)]
+                )
+        assert len(planes) == {1: 1, 3: 6}[channels]
+        for number, plane in enumerate(planes):
+            for i in range(4):
+                for j in range(5):
+                    right = plane[i][j + 1] - plane[i][j] if j < 4 else 0.0
+                    down = plane[i + 1][j] - plane[i][j] if i < 3 else 0.0
+                    coloured.append((right**2 + down**2) ** 0.5)
+                    if number < channels:
+                        plain.append(coloured[-1])
+    assert isotropic_total_variation(x).item() == pytest.approx(sum(plain) / len(plain), rel=1e-5)
+    assert colour_total_variation(x).item() == pytest.approx(sum(coloured) / len(coloured), rel=1e-5)
+    x = x.double().requires_grad_()
+    assert torch.autograd.gradcheck(colour_total_variation, x)
+
+
+def test_an_edge_of_brightness_costs_less_than_an_edge_of_colour_and_a_flat_image_nothing():
+    grey, flat = torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.3, requires_grad=True)
+    grey[..., 2:] = 1
+    red_and_green = grey * torch.tensor([1.0, -1, 1]).view(3, 1, 1)
+    assert isotropic_total_variation(grey) == isotropic_total_variation(red_and_green)
+    assert colour_total_variation(grey) < colour_total_variation(red_and_green)
+    value = colour_total_variation(flat)
+    assert value.item() == 0 and torch.autograd.grad(value, flat)[0].abs().max() == 0
+
+
+def test_the_input_of_a_layer_is_that_of_ones_own_pass(client, rng):
+    """Threads share the model, and its hooks."""
+    obs, _ = client("lenet")
+    images = [torch.rand(1, 3, 8, 8, generator=rng) for _ in range(40)]
+    alone = [input_of(obs.model, "net.7.weight", x) for x in images]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda x: input_of(obs.model, "net.7.weight", x), images))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert not obs.model.get_submodule("net.7")._forward_pre_hooks
 
 
 def test_the_statistics_distance_is_zero_at_the_batch_and_has_its_derivative(client):

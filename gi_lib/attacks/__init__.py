@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from gi_lib.attacks.gradinversion import GradInversion
     from gi_lib.attacks.idlg import IDLG
     from gi_lib.attacks.inverting_gradients import InvertingGradients
+    from gi_lib.attacks.multiscale import Multiscale
+    from gi_lib.attacks.practical_recipe import PracticalRecipe
     from gi_lib.attacks.rgap import RGAP
     from gi_lib.attacks.robbing_the_fed import RobbingTheFed
     from gi_lib.attacks.sapag import SAPAG
@@ -61,6 +63,8 @@ ATTACKS = Registry(
         "idlg": "IDLG",
         "inverting_gradients": "InvertingGradients",
         "rgap": "RGAP",
+        "multiscale": "Multiscale",
+        "practical_recipe": "PracticalRecipe",
         "robbing_the_fed": "RobbingTheFed",
         "sapag": "SAPAG",
     }
@@ -77,6 +81,8 @@ __all__ = [
     "BiasRatio",
     "GradInversion",
     "InvertingGradients",
+    "Multiscale",
+    "PracticalRecipe",
     "Registry",
     "RobbingTheFed",
 ]

@@ -1,0 +1,24 @@
+"""The row for L-BFGS in the table of Inverting Gradients (Geiping et al., NeurIPS 2020): the untrained LeNet.
+
+The squared distance by L-BFGS, without a prior and without a box, from one start: DLG with the label known. The images,
+networks and starts are those of the study `inverting_gradients`, to be read beside them. We know neither the paper's
+number of iterations nor of starts; DLG's are taken, 300 steps of up to 20 iterations.
+"""
+
+from gi_lib import ThreatModel
+from gi_lib.attacks import DLG
+from gi_lib.bench import Case
+
+CASES = [
+    Case(
+        DLG(),
+        "lenet_normalised",
+        "cifar10",
+        indices=(i,),
+        seed=i,
+        threat=ThreatModel(knows_labels=True),
+        profile="survey",
+        stage=4,
+    )
+    for i in range(16)
+]
