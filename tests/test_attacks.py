@@ -9,13 +9,24 @@ import pytest
 import torch
 
 from gi_lib import Batch, Client, NotApplicableError, ThreatModel, WithheldError, data, evaluate, models, observe
-from gi_lib.attacks import ATTACKS, DLG, IDLG, BiasRatio, GradInversion, InvertingGradients, RobbingTheFed
+from gi_lib.attacks import (
+    ATTACKS,
+    DLG,
+    IDLG,
+    BayesOptimal,
+    BiasRatio,
+    GradInversion,
+    InvertingGradients,
+    RobbingTheFed,
+)
 from gi_lib.attacks.gradinversion import registered_mean
+from gi_lib.defenses import GaussianNoise
 from gi_lib.matching import cosine
 from gi_lib.optimise import minimise
 from gi_lib.types import Needs
 
 CONTRACT = {  # name -> (a small instance, a model that suits it)
+    "bayes": (BayesOptimal(steps=3, restarts=2, frames=2), "convnet"),
     "bias_ratio": (BiasRatio(), "mlp"),
     "dlg": (DLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
     "gradinversion": (GradInversion(steps=3, renew=1, group_start=0.0, restarts=2, frames=2), "convnet"),
@@ -28,6 +39,7 @@ FACTS = {  # field of the Observation -> the fact that grants it
     "batch_size": "knows_batch_size",
     "labels": "knows_labels",
     "bn_stats": "knows_bn_stats",
+    "defense": "knows_defense",
     "trapdoor": "malicious_server",
 }
 pytestmark = pytest.mark.filterwarnings("ignore:the closed form does not hold")
@@ -72,6 +84,7 @@ def granted(rng):
             trapdoor = trapdoor if known.get("malicious_server") else None
         threat = ThreatModel(**known)
         more = {"client": client or Client(), "threat": threat, "trapdoor": trapdoor}
+        more["defense"] = GaussianNoise(1e-4) if "defense" in attack.needs.facts else None
         return observe(model, batch, **more, rng=rng), batch
 
     return make
@@ -189,6 +202,9 @@ def test_a_withheld_need_is_answered_by_an_error(granted, rng, key, field):
 
 
 BAD_SETTINGS = [
+    (BayesOptimal, {"start": 0.0}, "BayesOptimal needs start, a finite number > 0"),
+    (BayesOptimal, {"tv": math.inf}, "BayesOptimal needs tv, a finite number >= 0"),
+    (BayesOptimal, {"distance": "l2"}, "BayesOptimal needs distance, a function, got 'l2'"),
     (DLG, {"steps": 0}, "DLG needs steps, a whole number >= 1, got 0"),
     (DLG, {"restarts": 0}, "DLG needs restarts"),
     (DLG, {"history": 0}, "DLG needs history"),

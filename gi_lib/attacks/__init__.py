@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gi_lib.attacks.bayes import BayesOptimal
     from gi_lib.attacks.bias_ratio import BiasRatio
     from gi_lib.attacks.dlg import DLG
     from gi_lib.attacks.gradinversion import GradInversion
@@ -49,6 +50,7 @@ class Registry(Mapping[str, Any]):
 
 ATTACKS = Registry(
     {
+        "bayes": "BayesOptimal",
         "bias_ratio": "BiasRatio",
         "dlg": "DLG",
         "gradinversion": "GradInversion",
@@ -62,6 +64,7 @@ __all__ = [
     "ATTACKS",
     "DLG",
     "IDLG",
+    "BayesOptimal",
     "BiasRatio",
     "GradInversion",
     "InvertingGradients",
