@@ -20,7 +20,7 @@ from gi_lib.defenses import ATS, PRECODE, Defense, GaussianNoise, LaplaceNoise, 
 from gi_lib.matching import Distance, cosine, l1, squared_l2
 
 RECORDS = results.by_key(Path(__file__).parents[1] / "results" / "bayes.jsonl")
-IMAGES, TUNED_ON = range(16), range(4)
+IMAGES, TUNED_ON = range(16), range(2)
 KNOWN = ThreatModel(knows_defense=True, knows_labels=True)
 SIGMA = 0.1
 GAUSSIAN, LAPLACE = GaussianNoise(SIGMA), LaplaceNoise(SIGMA)
@@ -92,7 +92,8 @@ TUNING = [
 COMPARED = list(compared())
 BROKEN = {
     name: [
-        Case(attack, model, dataset, (i,), seed=i, threat=KNOWN, defense=defense, profile="survey") for i in range(8)
+        Case(attack, model, dataset, (i,), seed=i, threat=KNOWN, defense=defense, profile="survey", stage=2)
+        for i in range(8)
     ]
     for name, (attack, model, dataset, defense) in BREAKING.items()
 }
