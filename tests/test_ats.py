@@ -93,7 +93,7 @@ def test_the_attacker_finds_what_was_trained_on_and_not_the_original():
     assert known.defense.law(known.gradient) is None
 
 
-@pytest.mark.parametrize("policies", [(), ((3, 2),), ((50,),)])
+@pytest.mark.parametrize("policies", [(), ((3, 2),), ((50,),), ((),), (3, 1, 7), 7, "3-1-7", (("3",),), ((1.0,),)])
 def test_operations_that_are_not_here_are_refused(policies):
-    with pytest.raises(ValueError, match="at least one policy, of the operations 1, 3, 7, 18, 43"):
+    with pytest.raises(ValueError, match="ATS needs policies, tuples of the operations 1, 3, 7, 18, 43; got"):
         ATS(policies)

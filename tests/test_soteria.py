@@ -112,7 +112,12 @@ def test_a_model_without_such_a_layer_is_refused(net, defense, message, rng):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"percentile": 101}, "at most 100, got 101"), ({"percentile": -1}, "percentile"), ({"eps": 0}, "eps, a finite")],
+    [
+        ({"percentile": 101}, "at most 100, got 101"),
+        ({"percentile": -1}, "percentile"),
+        ({"layer": 7}, "layer, the name"),
+        ({"eps": 0}, "eps, a finite"),
+    ],
 )
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=f"Soteria needs .*{message}"):

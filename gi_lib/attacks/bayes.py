@@ -77,7 +77,9 @@ class BayesOptimal:
         whole(self, "frames", least=0)
         real(self, "lr", "start", above=0)
         real(self, "tv")
-        function(self, "label_rule", *(["distance"] if self.distance else []))
+        function(self, "label_rule")
+        if self.distance is not None:
+            function(self, "distance")
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)

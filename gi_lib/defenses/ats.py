@@ -62,6 +62,12 @@ OPERATIONS: dict[int, Operation] = {
 """Of the fifty of `policy.py` those that the published policies use."""
 
 
+def _known(policy: object) -> bool:
+    """Whether it is a sequence of numbers of OPERATIONS."""
+    numbers = policy if isinstance(policy, tuple) else ()
+    return bool(numbers) and all(type(n) is int and n in OPERATIONS for n in numbers)
+
+
 @dataclass(frozen=True)
 class ATS(Defense):
     """Trains on images that are transformed by a policy drawn for each.
@@ -74,12 +80,10 @@ class ATS(Defense):
     revision = 1
 
     def __post_init__(self):
-        unknown = sorted(
-            {n for policy in self.policies for n in policy} - {*OPERATIONS}
-        )
-        if not self.policies or unknown:
+        given = self.policies if isinstance(self.policies, tuple) else ()
+        if not given or not all(map(_known, given)):
             raise ValueError(
-                "ATS needs at least one policy, of the operations"
+                "ATS needs policies, tuples of the operations"
                 f" {', '.join(map(str, OPERATIONS))}; got {self.policies!r:.80}"
             )
 

@@ -45,6 +45,10 @@ class Soteria(Defense):
     def __post_init__(self):
         real(self, "percentile")
         real(self, "eps", above=0)
+        if not isinstance(self.layer, str | None):
+            raise ValueError(
+                f"Soteria needs layer, the name of a weight or None, got {self.layer!r}"
+            )
         if self.percentile > 100:
             raise ValueError(
                 f"Soteria needs percentile, at most 100, got {self.percentile!r}"
