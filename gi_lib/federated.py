@@ -72,11 +72,15 @@ class LossGradient:
     def of(self, loss: Callable[[Tensor, Tensor], Tensor]) -> "LossGradient":
         return LossGradient(loss)
 
+    def value(self, model: nn.Module, theta: Gradient, images: Tensor, labels: Tensor) -> Tensor:
+        """What is differentiated, a scalar."""
+        return self.loss(forward(model, images, theta), labels)
+
     def __call__(self, model: nn.Module, theta: Gradient, images: Tensor, labels: Tensor) -> Gradient:
         """Under vmap only torch.func.grad works; outside it plain autograd is 1.5 to 1.9 times faster on a CPU."""
         if in_functorch():
-            return torch.func.grad(lambda theta: self.loss(forward(model, images, theta), labels))(dict(theta))
-        value = self.loss(forward(model, images, theta), labels)
+            return torch.func.grad(lambda theta: self.value(model, theta, images, labels))(dict(theta))
+        value = self.value(model, theta, images, labels)
         found = torch.autograd.grad(
             value, list(theta.values()), create_graph=True, allow_unused=True, materialize_grads=True
         )

@@ -41,6 +41,11 @@ def squared_l2(simulated: Gradient, observed: Gradient) -> Scalar:
     return torch.stack([(a - b).square().sum() for a, b in pieces(simulated, observed)]).sum()
 
 
+def l1(simulated: Gradient, observed: Gradient) -> Scalar:
+    """D = sum_i |g'_i - g_i| over all parameters."""
+    return torch.stack([(a - b).abs().sum() for a, b in pieces(simulated, observed)]).sum()
+
+
 def layer_l2(simulated: Gradient, observed: Gradient) -> Scalar:
     """D = sum_l |g'_l - g_l|_2, the norms of the parameters' differences (Yin et al., CVPR 2021)."""
     return torch.stack([norm(simulated[name] - g) for name, g in observed.items()]).sum()

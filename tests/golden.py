@@ -27,13 +27,14 @@ from gi_lib import (
     optimise,
 )
 from gi_lib.attacks import ATTACKS
-from gi_lib.defenses import DEFENSES, DPSGD
+from gi_lib.defenses import DEFENSES, DPSGD, GaussianNoise
 from gi_lib.types import NotApplicableError
 
 FILE = Path(__file__).with_name("golden.json")
 SHAPE = (3, 12, 12)
 
 SETTINGS = {  # attack -> (its settings, a model without exact zeros in its gradients, facts, auxiliary data)
+    "bayes": ({"steps": 5, "restarts": 2}, "lenet", {"knows_defense": True}),
     "bias_ratio": ({}, "mlp", {}),
     "copa": ({"iterations": 5}, "cnn6", {}),
     "cpl": ({"steps": 5, "max_iter": 2, "restarts": 2, "pattern": 5, "label": 0.5}, "lenet", {}),
@@ -87,7 +88,8 @@ def of_attack(name):
     if hasattr(attack, "plant"):
         model, trapdoor = attack.plant(model, SHAPE, Noise(), torch.Generator().manual_seed(1))
     rng = torch.Generator().manual_seed(0)
-    obs = observe(model, batch(), threat=ThreatModel(**facts), trapdoor=trapdoor, rng=rng)
+    defense = GaussianNoise(0.01) if "knows_defense" in facts else None
+    obs = observe(model, batch(), threat=ThreatModel(**facts), defense=defense, trapdoor=trapdoor, rng=rng)
     rec = attack(obs, torch.Generator().manual_seed(5))
     trace = some(rec.trace) if rec.trace.numel() else []
     return {"revision": attack.revision, "values": some(rec.images) + trace}

@@ -28,6 +28,7 @@ from gi_lib.attacks import (
     IDLG,
     RGAP,
     SAPAG,
+    BayesOptimal,
     BiasRatio,
     GradInversion,
     InvertingGradients,
@@ -38,6 +39,7 @@ from gi_lib.attacks import (
 from gi_lib.attacks.gradinversion import registered_mean
 from gi_lib.attacks.multiscale import enlarge, focus
 from gi_lib.attacks.practical_recipe import features_of
+from gi_lib.defenses import GaussianNoise
 from gi_lib.matching import cosine, gaussian_kernel
 from gi_lib.optimise import hard_sign, minimise
 from gi_lib.priors import feature_distance, isotropic_total_variation
@@ -45,6 +47,7 @@ from gi_lib.search import gaussian, patterned
 from gi_lib.types import Needs
 
 CONTRACT = {  # name -> (a small instance, a model that suits it)
+    "bayes": (BayesOptimal(steps=3, restarts=2, frames=2), "convnet"),
     "bias_ratio": (BiasRatio(), "mlp"),
     "copa": (COPA(iterations=3), "cnn6"),
     "cpl": (CPL(steps=2, max_iter=3, restarts=2, label=0.1, frames=2), "lenet"),
@@ -63,6 +66,7 @@ FACTS = {  # field of the Observation -> the fact that grants it
     "batch_size": "knows_batch_size",
     "labels": "knows_labels",
     "bn_stats": "knows_bn_stats",
+    "defense": "knows_defense",
     "trapdoor": "malicious_server",
 }
 pytestmark = pytest.mark.filterwarnings("ignore:the closed form does not hold")
@@ -107,6 +111,7 @@ def granted(rng):
             trapdoor = trapdoor if known.get("malicious_server") else None
         threat = ThreatModel(**known)
         more = {"client": client or Client(), "threat": threat, "trapdoor": trapdoor}
+        more["defense"] = GaussianNoise(1e-4) if "defense" in attack.needs.facts else None
         return observe(model, batch, **more, rng=rng), batch
 
     return make
@@ -228,6 +233,9 @@ BAD_SETTINGS = [
     (CPL, {"pattern": 0}, "CPL needs pattern, a whole number >= 1, got 0"),
     (CPL, {"label": -1.0}, "CPL needs label, a finite number >= 0, got -1.0"),
     (CPL, {"lr": 0.0}, "CPL needs lr"),
+    (BayesOptimal, {"start": 0.0}, "BayesOptimal needs start, a finite number > 0"),
+    (BayesOptimal, {"tv": math.inf}, "BayesOptimal needs tv, a finite number >= 0"),
+    (BayesOptimal, {"distance": "l2"}, "BayesOptimal needs distance, a function, got 'l2'"),
     (DLG, {"steps": 0}, "DLG needs steps, a whole number >= 1, got 0"),
     (DLG, {"restarts": 0}, "DLG needs restarts"),
     (DLG, {"history": 0}, "DLG needs history"),

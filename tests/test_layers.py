@@ -22,7 +22,7 @@ ABOVE = {  # module -> the modules of gi_lib that it may import
     "data": {"types", "data"},
     "labels": {"types", "copies", "models", "labels"},
     "federated": {"types", "execution", "copies", "models", "labels"},
-    "defenses": {"types", "copies", "federated", "defenses"},
+    "defenses": {"types", "copies", "matching", "models", "federated", "defenses"},
     "metrics": {"types", "data"},
     "optimise": {"types", "execution", "progress"},
     "search": {"types", "execution", "labels", "matching", "optimise"},

@@ -8,7 +8,7 @@ import torch
 
 from gi_lib import Batch, labels, models, observe
 from gi_lib.copies import bn_statistics, input_of
-from gi_lib.matching import cosine, cosine_on_support, gaussian_kernel, layer_l2, norm, squared_l2
+from gi_lib.matching import cosine, cosine_on_support, gaussian_kernel, l1, layer_l2, norm, squared_l2
 from gi_lib.parametrisations import Pixels, TanhBox
 from gi_lib.priors import (
     colour_total_variation,
@@ -29,14 +29,16 @@ def gradients(rng):
 
 def test_distances_against_loops(rng):
     mine, theirs = gradients(rng)
-    total = dot = a2 = b2 = norms = 0.0
+    total = dot = a2 = b2 = norms = apart = 0.0
     for name in theirs:
         layer = 0.0
         for x, y in zip(mine[name].flatten().tolist(), theirs[name].flatten().tolist(), strict=True):
             layer, dot, a2, b2 = layer + (x - y) ** 2, dot + x * y, a2 + x * x, b2 + y * y
+            apart += abs(x - y)
         total, norms = total + layer, norms + layer**0.5
     assert squared_l2(mine, theirs).item() == pytest.approx(total, rel=1e-5)
     assert layer_l2(mine, theirs).item() == pytest.approx(norms, rel=1e-5)
+    assert l1(mine, theirs).item() == pytest.approx(apart, rel=1e-5)
     assert cosine(mine, theirs).item() == pytest.approx(1 - dot / (a2 * b2) ** 0.5, rel=1e-5)
 
 
@@ -99,7 +101,7 @@ def test_cosine_on_the_support_looks_at_no_entry_that_was_pruned(rng):
 
 def test_distances_are_zero_only_at_the_gradient(rng):
     mine, theirs = gradients(rng)
-    for distance in (squared_l2, cosine, layer_l2, gaussian_kernel):
+    for distance in (squared_l2, l1, cosine, layer_l2, gaussian_kernel):
         assert distance(mine, mine).item() == pytest.approx(0, abs=1e-6) and distance(mine, theirs).item() > 0.1
 
 

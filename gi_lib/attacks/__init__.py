@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gi_lib.attacks.bayes import BayesOptimal
     from gi_lib.attacks.bias_ratio import BiasRatio
     from gi_lib.attacks.copa import COPA
     from gi_lib.attacks.cpl import CPL
@@ -55,6 +56,7 @@ class Registry(Mapping[str, Any]):
 
 ATTACKS = Registry(
     {
+        "bayes": "BayesOptimal",
         "bias_ratio": "BiasRatio",
         "copa": "COPA",
         "cpl": "CPL",
@@ -78,6 +80,7 @@ __all__ = [
     "IDLG",
     "RGAP",
     "SAPAG",
+    "BayesOptimal",
     "BiasRatio",
     "GradInversion",
     "InvertingGradients",

@@ -1,12 +1,24 @@
 """What a client can do to its model, data, training or update before it sends."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gi_lib.federated import Client
+from gi_lib.matching import Distance
 from gi_lib.types import Gradient, Sent
+
+
+class Law(NamedTuple):
+    """How what a client sends scatters around what it would have sent undefended."""
+
+    surprise: Distance
+    """(g', g) -> -log p(g | g') in nats, up to a constant: g is what was sent, where g'
+    would have been sent undefended."""
+    spread: float
+    """Of one entry: the standard deviation of a normal, the scale b of a Laplace."""
 
 
 @dataclass(frozen=True)
@@ -35,3 +47,10 @@ class Defense:
     ) -> Gradient:
         """Before the update is sent; `sent` is what it was computed from."""
         return gradient
+
+    def law(self, sent: Gradient) -> Law | None:
+        """What an attacker who knows of the defense can say of the update `sent`.
+
+        Of one client's update. None where a defense states no law.
+        """
+        return None
