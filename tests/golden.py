@@ -41,6 +41,7 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     ),
     "idlg": ({"steps": 5, "max_iter": 2, "restarts": 2}, "lenet", {}),
     "inverting_gradients": ({"steps": 5, "restarts": 2}, "lenet", {}),
+    "rconv": ({}, "lenet", {}),
     "robbing_the_fed": ({"bins": 8, "surrogates": 64}, "lenet", {"malicious_server": True}),
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gi_lib import Batch, Client, NotApplicableError, ThreatModel, WithheldError, data, evaluate, models, observe
-from gi_lib.attacks import ATTACKS, DLG, IDLG, BiasRatio, GradInversion, InvertingGradients, RobbingTheFed
+from gi_lib.attacks import ATTACKS, DLG, IDLG, BiasRatio, GradInversion, InvertingGradients, RConv, RobbingTheFed
 from gi_lib.attacks.gradinversion import registered_mean
 from gi_lib.matching import cosine
 from gi_lib.optimise import minimise
@@ -21,6 +21,7 @@ CONTRACT = {  # name -> (a small instance, a model that suits it)
     "gradinversion": (GradInversion(steps=3, renew=1, group_start=0.0, restarts=2, frames=2), "convnet"),
     "idlg": (IDLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
     "inverting_gradients": (InvertingGradients(steps=3, restarts=2, frames=2), "convnet"),
+    "rconv": (RConv(), "lenet"),
     "robbing_the_fed": (RobbingTheFed(bins=8, surrogates=64), "lenet"),
 }
 FACTS = {  # field of the Observation -> the fact that grants it

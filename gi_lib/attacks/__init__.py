@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gi_lib.attacks.gradinversion import GradInversion
     from gi_lib.attacks.idlg import IDLG
     from gi_lib.attacks.inverting_gradients import InvertingGradients
+    from gi_lib.attacks.rconv import RConv
     from gi_lib.attacks.robbing_the_fed import RobbingTheFed
 
 
@@ -54,6 +55,7 @@ ATTACKS = Registry(
         "gradinversion": "GradInversion",
         "idlg": "IDLG",
         "inverting_gradients": "InvertingGradients",
+        "rconv": "RConv",
         "robbing_the_fed": "RobbingTheFed",
     }
 )
@@ -65,6 +67,7 @@ __all__ = [
     "BiasRatio",
     "GradInversion",
     "InvertingGradients",
+    "RConv",
     "Registry",
     "RobbingTheFed",
 ]
