@@ -1,8 +1,7 @@
 """R-CONV (Eltaras et al., 2024): ten CIFAR-10 images through CNN6 with ReLU, and through a wider one; small batches.
 
-The twin of CNN6 has too few equations in its first layer, the wider one enough: rconv.count says so beforehand. CNN6
-itself, with LeakyReLU, stands beside them. The batches are of 16 x 16 pixels and of different labels, which are read
-from the update.
+The twin of CNN6 has too few equations in its first layer, the wider one enough: rconv.count says so beforehand. The
+batches are of 16 x 16 pixels and of different labels, which are read from the update.
 """
 
 from gi_lib.attacks import RConv
@@ -18,8 +17,6 @@ CASES = [
             ("cnn6_relu_wide", True),
             ("cnn6_relu", True),
             ("cnn6_relu_wide", False),
-            ("cnn6", True),
-            ("cnn6", False),
         )
         for i in IMAGES
     ),

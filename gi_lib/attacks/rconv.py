@@ -17,9 +17,8 @@ can. z is known where the activation has an inverse: behind a ReLU, where its ou
 the image does, the solution nearest to grey is returned; `notes` say how many of its
 entries were fixed by which constraints, and how many are open.
 
-Needs a chain of dense layers and plain convolutions, with ReLU, LeakyReLU, sigmoid,
-tanh or nothing between them, that ends in a dense layer. Batches need labels that
-differ.
+Needs a chain of dense layers and convolutions, behind each a ReLU or an activation that
+has an inverse, with a dense layer at its end. Batches need labels that differ.
 
 Departs from the paper's code, which takes the first layer from weight constraints
 alone, behind a LeakyReLU, and every other from as many gradient constraints as
@@ -32,15 +31,18 @@ abstract alone.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.functional import jacobian
 from torch.nn import functional as F
 
 from gi_lib import labels
-from gi_lib.models.chain import Link, chain
+from gi_lib.copies import deep_copy
+from gi_lib.models.chain import Link, chain, undo
 from gi_lib.search import certified
 from gi_lib.types import (
     Classifier,
@@ -51,49 +53,79 @@ from gi_lib.types import (
     function,
 )
 
-ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh)
 MOST = 8192
 """Entries of one channel of a batch, at most: A's null space is square in them."""
 
 
+def links_of(
+    model: Classifier, image_shape: tuple[int, int, int], most: int = MOST
+) -> list[Link]:
+    """The layers of a model, on the CPU; `most` bounds the positions of an input.
+
+    Raises:
+        NotApplicableError: they are no chain, or do not end in the logits.
+    """
+    cpu: Classifier = deep_copy(model).cpu()  # type: ignore[assignment]
+    links = chain(cpu, image_shape, (nn.ReLU,))
+    last = links[-1]
+    dense = isinstance(last.layer, nn.Linear) and last.activation is None
+    if not dense or last.output[0] != model.num_classes:
+        raise NotApplicableError(
+            f"the model does not end in a dense layer of {model.num_classes} logits;"
+            " use an attack that matches gradients"
+        )
+    for link in links:
+        if math.prod(link.input[1:]) > most:
+            raise NotApplicableError(
+                f"the input of {link.name} has {link.input[1]} x {link.input[2]}"
+                f" positions, more than {most}; take smaller or fewer images"
+            )
+    return links
+
+
 def solvable_chain(obs: Observation) -> str | None:
-    """A chain of dense layers and convolutions, none frozen, with ReLU or the like."""
+    """A chain of dense layers and convolutions with ReLU or invertible activations."""
+    most = MOST // (obs.batch_size or 1)
     try:
-        links = chain(obs.model, obs.image_shape, ACTIVATIONS)
+        links = links_of(obs.model, obs.image_shape, most)
     except NotApplicableError as error:
         return str(error)
-    if links[-1].output[0] != obs.num_classes or links[-1].activation is not None:
-        return f"the model does not end in a dense layer of {obs.num_classes} logits"
-    if frozen := [link.weight for link in links if link.weight not in obs.gradient]:
-        return f"{', '.join(frozen)} are frozen, and R-CONV needs each layer's gradient"
-    B, (_, h, w) = obs.batch_size or 1, max(links, key=lambda link: link.shape[1]).shape
-    if B * h * w > MOST:
-        return f"{B} x {h} x {w} pixels are more than {MOST}; take smaller images"
-    return None
+    gone = [link.name for link in links if f"{link.name}.weight" not in obs.gradient]
+    return f"the weights of {', '.join(gone)} are not in the update" if gone else None
 
 
 class Count(NamedTuple):
     """The equations of one layer, before anything is observed.
 
+    Gradient and weight constraints are not independent. For any matrix m [F, F]
+
+        sum_fp (m^T k)[f, p] (z - b)[f, p] = sum_fct (m W)[f, c, t] gW[f, c, t] ,
+
+    a combination of weight constraints that says nothing new: a *tie*. Where z is known
+    everywhere, P positions, there are F min(F, P) of them, the dimension of m^T k.
+    Behind a ReLU m^T k must be zero where z is not known: as k is, F ties as a rule.
+
     Args:
         layer: its name.
-        unknowns: entries of the inputs of all images.
+        unknowns: entries of its input, of all images.
         gradient: how many of them the gradient constraints can fix at most.
-        weight: weight constraints; behind a ReLU those with z > 0 alone hold.
-        filters: F. A filter whose z is known wherever k is not zero ties its weight
-            constraints to its gradient constraints by one equation.
+        weight: number of weight constraints, if z is known everywhere.
+        ties: how many of these say nothing new, of a ReLU's as a rule.
     """
 
     layer: str
     unknowns: int
     gradient: int
     weight: int
-    filters: int
+    ties: int
 
-    def needed(self) -> float:
-        """What share of the weight constraints must hold; above 1 there is no way."""
+    @property
+    def share(self) -> float:
+        """The least share of z that must be known; above 1 there is no way."""
         lacking = self.unknowns - self.gradient
-        return (lacking + self.filters) / self.weight if lacking else 0.0
+        if not lacking:
+            return 0.0
+        return (lacking + self.ties) / self.weight if self.weight else math.inf
 
 
 def count(
@@ -111,17 +143,17 @@ def count(
     from scipy.sparse.csgraph import structural_rank
 
     found = []
-    for link in chain(model, image_shape, ACTIVATIONS):
-        k = torch.ones(batch_size, *link.output)
-        A = csr_array(gradient_matrix(link, k).numpy() != 0)
-        C, outputs = link.shape[0], torch.Size(link.output).numel()
+    for link in links_of(model, image_shape):
+        k = torch.ones(batch_size, *link.output, dtype=torch.float64)
+        C, outputs = link.input[0], batch_size * math.prod(link.output)
+        filters = link.output[0]
         found.append(
             Count(
                 link.name,
-                batch_size * torch.Size(link.shape).numel(),
-                C * int(structural_rank(A.astype(float))),
-                batch_size * outputs,
-                link.output[0],
+                batch_size * math.prod(link.input),
+                C * int(structural_rank(csr_array(gradient_matrix(link, k).numpy()))),
+                outputs if link.activation else 0,
+                filters if one_sided(link) else min(filters**2, outputs),
             )
         )
     return found
@@ -129,35 +161,27 @@ def count(
 
 def gradient_matrix(link: Link, k: Tensor) -> Tensor:
     """A [F kh kw, B H W], with gW[:, c] = A x[:, c], for errors k [B, F, H', W']."""
-    B, filters, (h, w) = len(k), k.shape[1], link.kernel.shape[2:]
-    taps = torch.eye(h * w, dtype=k.dtype).view(1, h * w, h, w)
-    rows = link.transposed(k.flatten(0, 1)[:, None], taps)  # one tap's at a time
-    return rows.reshape(B, filters * h * w, -1).transpose(0, 1).flatten(1)
+    return torch.cat([link.gradients(one) for one in k], dim=1)
 
 
-def behind(
-    act: nn.Module | None, a: Tensor, tol: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From a = act(z): z, where it is known, and act'(z).
+def one_sided(link: Link) -> bool:
+    return isinstance(link.activation, nn.ReLU)
+
+
+def behind(link: Link, a: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """From the layer's activated output a: z, where it is known, and act'(z).
 
     A ReLU has no negative output: the most negative entry of `a` tells by how much the
     solution is off. What is within four times that of zero, or within the share `tol`
     of the largest entry, counts as zero.
     """
-    everywhere, one = torch.ones_like(a, dtype=torch.bool), torch.ones_like(a)
-    if act is None:
-        return a, everywhere, one
-    if isinstance(act, nn.Sigmoid):
-        return a.logit(eps=torch.finfo(a.dtype).eps), everywhere, a * (1 - a)
-    if isinstance(act, nn.Tanh):
-        inside = 1 - torch.finfo(a.dtype).eps
-        return a.clamp(-inside, inside).atanh(), everywhere, 1 - a.square()
-    slope = getattr(act, "negative_slope", 0.0)
-    if slope == 0:
+    if one_sided(link):
         on = a > max(-4 * a.min().item(), tol * a.max().item())
         return a, on, on.to(a.dtype)
-    slopes = torch.where(a > 0, one, slope)
-    return a / slopes, everywhere, slopes
+    z, slope = (
+        (a, torch.ones_like(a)) if link.activation is None else undo(link.activation, a)
+    )
+    return z, torch.ones_like(a, dtype=torch.bool), slope
 
 
 class Solved(NamedTuple):
@@ -185,18 +209,17 @@ def solve(
 
     Args:
         known: where z is known.
-        gW: [F, C, kh, kw].
+        gW: the gradient of its weight.
         guess: [B, C, H, W]; of all solutions the nearest to it is taken.
         tol: singular values below this share of the largest count as zero.
     """
     from scipy.linalg import lstsq  # slow to import
 
-    B, (C, h, w), W = len(k), link.shape, link.kernel.double()
+    B, (C, h, w), W = len(k), link.input, link.weight
     A = gradient_matrix(link, k)
     U, S, Vh = torch.linalg.svd(A, full_matrices=len(A) < A.shape[1])
     r = int((tol * S[0] < S).sum())
-    columns = gW.transpose(0, 1).reshape(C, -1).T  # gW[:, c], one below the other
-    x = Vh[:r].T @ (U[:, :r].T @ columns / S[:r, None])  # [B h w, C]
+    x = Vh[:r].T @ (U[:, :r].T @ link.of_weights(gW).T / S[:r, None])  # [B h w, C]
     N = Vh[r:]  # [d, B h w], what A does not see
     x = x + N.T @ (N @ guess.transpose(0, 1).reshape(C, -1).T)
 
@@ -206,35 +229,38 @@ def solve(
     found = 0
     if len(N) and known.any():
         # W * (N^T a) is linear in a [d, C], one channel of N^T a at a time
-        rows = link.convolve(N.reshape(-1, 1, h, w), W.flatten(0, 1)[:, None])
+        channels = N.reshape(-1, 1, h, w)
+        rows = F.conv2d(channels, W.flatten(0, 1)[:, None], **link.geometry)
         rows = rows.reshape(len(N), B, *W.shape[:2], *z.shape[2:])
         M = rows.permute(1, 2, 4, 5, 0, 3)[known].flatten(1)
-        bias = link.layer.bias
-        b = 0 if bias is None else bias.detach().double().cpu().view(-1, 1, 1)
-        left = (z - b - link.convolve(images(x), W))[known]
+        left = (z - link.bias - link.forward(images(x)))[known]
         a, _, found, _ = lstsq(M.numpy(), left.numpy(), cond=tol, lapack_driver="gelsy")
         x = x + N.T @ torch.from_numpy(a).reshape(len(N), C)
     return Solved(images(x), r * C, int(found))
 
 
-def too_few(link: Link, found: Solved) -> str:
+def too_few(link: Link, found: Solved, miss: float) -> str:
     return (
-        f"the input of layer {link.name!r} has {found.x.numel()} unknowns, of which the"
-        f" gradient constraints fix {found.gradient} and the weight constraints"
-        f" {found.weight}; without the rest all before it would be wrong. More filters"
-        " or a smaller stride would leave more equations; or use an attack that matches"
-        " gradients"
+        f"the input of {link.name} has {found.x.numel()} unknowns, of which the"
+        f" gradient constraints fix {found.gradient} and the weight constraints {found.weight};"
+        " without the rest all before it would be wrong. More filters or a smaller"
+        " stride would leave more equations; or use an attack that matches gradients."
+        f" (The last layer's equations are off by {miss:.1g}: where that is no rounding"
+        " error, a label is wrong or repeats, or the update is not one step's gradient)"
     )
 
 
-def head_errors(obs: Observation, head: Link, rule: labels.LabelRule) -> Tensor:
-    """The errors [B, K, 1, 1] of the last layer, of the mean loss."""
+def head_errors(
+    obs: Observation, head: Link, rule: labels.LabelRule
+) -> tuple[Tensor, float]:
+    """The last layer's errors [B, K, 1, 1] of the mean loss, and how far they miss."""
     from scipy.optimize import least_squares  # slow to import
 
-    B, gW = obs.batch_size or 1, obs.gradient[head.weight].double().cpu()
-    gb = None if head.bias is None else obs.gradient[head.bias].double().cpu()
+    B, gW = obs.batch_size or 1, obs.gradient[f"{head.name}.weight"].double().cpu()
+    gb = obs.gradient.get(f"{head.name}.bias")
+    gb = None if gb is None else gb.double().cpu()
     if gb is not None and B == 1:
-        return gb.reshape(1, -1, 1, 1)
+        return gb.reshape(1, -1, 1, 1), 0.0
     y = rule(obs).cpu()
     if len(y.unique()) < B or obs.num_classes <= B:
         raise NotApplicableError(
@@ -242,8 +268,7 @@ def head_errors(obs: Observation, head: Link, rule: labels.LabelRule) -> Tensor:
             f" {y.tolist()} of {obs.num_classes} classes; give it a batch of different"
             " labels, fewer than there are classes"
         )
-    W, bias = head.layer.weight.detach().double().cpu(), head.layer.bias
-    b = torch.zeros(1) if bias is None else bias.detach().double().cpu()
+    W, b = head.weight[:, :, 0, 0], head.bias.flatten()
     Y = F.one_hot(y, obs.num_classes).double().T  # [K, B]
     U, S, Vh = torch.linalg.svd(gW, full_matrices=False)
     U, features = U[:, :B], S[:B, None] * Vh[:B]
@@ -255,21 +280,16 @@ def head_errors(obs: Observation, head: Link, rule: labels.LabelRule) -> Tensor:
         apart = (p - Y - B * U @ m).flatten()
         return apart if gb is None else torch.cat([apart, B * ((U @ m).sum(1) - gb)])
 
-    p = torch.softmax(b.expand(len(Y)).double(), 0) if gb is None else Y.mean(1) + gb
+    p = torch.softmax(b.expand(len(Y)), 0) if gb is None else Y.mean(1) + gb
     best = least_squares(
         lambda m: miss(torch.from_numpy(m)).numpy(),
         (U.T @ (p[:, None] - Y) / B).flatten().numpy(),
-        jac=lambda m: torch.func.jacfwd(miss)(torch.from_numpy(m)).numpy(),
+        jac=lambda m: jacobian(miss, torch.from_numpy(m)).numpy(),
         method="lm",
         **dict.fromkeys(("xtol", "ftol", "gtol"), 1e-15),
     )
-    if not best.cost < torch.finfo(obs.dtype).eps:
-        raise ValueError(
-            f"no errors of the last layer fit its gradient and the labels {y.tolist()}:"
-            " the labels are wrong, the update is defended, or it is not the gradient"
-            " of one step; grant the labels, or use an attack that matches gradients"
-        )
-    return (U @ torch.from_numpy(best.x).reshape(B, B)).T.reshape(B, -1, 1, 1)
+    k = U @ torch.from_numpy(best.x).reshape(B, B)
+    return k.T.reshape(B, -1, 1, 1), (2 * best.cost) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -284,26 +304,25 @@ class RConv:
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)
-        links = chain(obs.model, obs.image_shape, ACTIVATIONS)
+        links = links_of(obs.model, obs.image_shape)
         tol = torch.finfo(obs.dtype).eps ** 0.75
         mean, std = (t.double().cpu() for t in (obs.model.mean, obs.model.std))
         grey = ((0.5 - mean) / std).expand(obs.image_shape)
-        k = head_errors(obs, links[-1], self.label_rule)
+        k, miss = head_errors(obs, links[-1], self.label_rule)
         z, known = torch.zeros_like(k), torch.zeros_like(k, dtype=torch.bool)
         for i, link in reversed(list(enumerate(links))):
-            gW = obs.gradient[link.weight].double().cpu().reshape(link.kernel.shape)
-            guess = torch.zeros(len(k), *link.shape).double()
+            gW = obs.gradient[f"{link.name}.weight"].cpu()
+            guess = torch.zeros(len(k), *link.input, dtype=torch.float64)
             if i == 0:
-                guess += grey.reshape(link.shape)
+                guess += grey.reshape(link.input)
             found = solve(link, k, z, known, gW, guess, tol)
             if i == 0:
                 break
             if found.open:
-                raise ValueError(too_few(link, found))
+                raise ValueError(too_few(link, found, miss))
             before = links[i - 1]
-            k = link.transposed(k, link.kernel.double())
-            k, x = (t.reshape(-1, *before.output) for t in (k, found.x))
-            z, known, slope = behind(before.activation, x, tol)
+            k = link.transposed(k).reshape(-1, *before.output)
+            z, known, slope = behind(before, found.x.reshape(k.shape), tol)
             k = k * slope
         x = mean + std * found.x.reshape(-1, *obs.image_shape)
         images = x.clamp(0, 1).to(obs.device, obs.dtype)
