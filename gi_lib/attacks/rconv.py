@@ -242,11 +242,12 @@ def solve(
 def too_few(link: Link, found: Solved, miss: float) -> str:
     return (
         f"the input of {link.name} has {found.x.numel()} unknowns, of which the"
-        f" gradient constraints fix {found.gradient} and the weight constraints {found.weight};"
-        " without the rest all before it would be wrong. More filters or a smaller"
-        " stride would leave more equations; or use an attack that matches gradients."
-        f" (The last layer's equations are off by {miss:.1g}: where that is no rounding"
-        " error, a label is wrong or repeats, or the update is not one step's gradient)"
+        f" gradient constraints fix {found.gradient} and the weight constraints"
+        f" {found.weight}; without the rest all before it would be wrong. More filters"
+        " or a smaller stride would leave more equations; or use an attack that matches"
+        f" gradients. (The last layer's equations are off by {miss:.1g}: where that is"
+        " no rounding error, a label is wrong or repeats, or the update is not one"
+        " step's gradient)"
     )
 
 
