@@ -222,7 +222,7 @@ def dense(features, classes=4):
         (lambda: wrapped(nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), dense(600)), "net.0 has 3 groups"),
         (lambda: wrapped(nn.Conv2d(3, 6, 3, padding="same"), nn.ReLU(), dense(864)), "net.0 pads by 'same'"),
         (lambda: wrapped(dense(432), nn.Sigmoid()), "the model does not end in a dense layer of 4 logits"),
-        (lambda: wrapped(nn.Conv2d(3, 4, 12), nn.Flatten()), "the model does not end in a dense layer of 4 logits"),
+        (lambda: wrapped(nn.Conv2d(3, 4, 12), nn.Flatten()), "the model does not end in a dense layer that gives its"),
     ],
     ids=["residual", "pool", "silu", "groups", "padding", "last", "head"],
 )

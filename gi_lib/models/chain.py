@@ -213,10 +213,13 @@ def chain(model: Classifier, image_shape: Shape, further: tuple[type[nn.Module],
                 f"{name} is a {type(module).__name__}, which can't be undone here: the way back needs {known} behind"
                 " each dense layer or convolution, and nothing else. Use an attack that matches gradients"
             )
-    if not links or not (_same(value, logits) or _same(torch.cat([torch.zeros_like(value), value], 1), logits)):
+    if (
+        not links
+        or not isinstance(links[-1].layer, nn.Linear)
+        or not (_same(value, logits) or _same(torch.cat([torch.zeros_like(value), value], 1), logits))
+    ):
         raise NotApplicableError(
-            "the model does not end in a dense layer or convolution that gives its logits; use an attack that matches"
-            " gradients"
+            "the model does not end in a dense layer that gives its logits; use an attack that matches gradients"
         )
     return links
 
