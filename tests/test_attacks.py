@@ -34,6 +34,7 @@ from gi_lib.attacks import (
     InvertingGradients,
     Multiscale,
     PracticalRecipe,
+    RConv,
     RobbingTheFed,
 )
 from gi_lib.attacks.gradinversion import registered_mean
@@ -58,6 +59,7 @@ CONTRACT = {  # name -> (a small instance, a model that suits it)
     "rgap": (RGAP(), "cnn6"),
     "multiscale": (Multiscale(steps=6, stages=3, restarts=2, frames=3), "lenet"),
     "practical_recipe": (PracticalRecipe(steps=3, restarts=2, frames=2), "lenet"),
+    "rconv": (RConv(), "lenet"),
     "robbing_the_fed": (RobbingTheFed(bins=8, surrogates=64), "lenet"),
     "sapag": (SAPAG(steps=3, restarts=2, tv=1e-3, frames=2), "lenet"),
 }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gi_lib.attacks.inverting_gradients import InvertingGradients
     from gi_lib.attacks.multiscale import Multiscale
     from gi_lib.attacks.practical_recipe import PracticalRecipe
+    from gi_lib.attacks.rconv import RConv
     from gi_lib.attacks.rgap import RGAP
     from gi_lib.attacks.robbing_the_fed import RobbingTheFed
     from gi_lib.attacks.sapag import SAPAG
@@ -67,6 +68,7 @@ ATTACKS = Registry(
         "rgap": "RGAP",
         "multiscale": "Multiscale",
         "practical_recipe": "PracticalRecipe",
+        "rconv": "RConv",
         "robbing_the_fed": "RobbingTheFed",
         "sapag": "SAPAG",
     }
@@ -86,6 +88,7 @@ __all__ = [
     "InvertingGradients",
     "Multiscale",
     "PracticalRecipe",
+    "RConv",
     "Registry",
     "RobbingTheFed",
 ]

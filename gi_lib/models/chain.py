@@ -166,8 +166,11 @@ def undo(activation: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return z.detach(), slope
 
 
-def chain(model: Classifier, image_shape: Shape) -> list[Link]:
+def chain(model: Classifier, image_shape: Shape, further: tuple[type[nn.Module], ...] = ()) -> list[Link]:
     """The layers of a model in the order in which a forward pass runs them, the image's first.
+
+    Args:
+        further: activations that may follow a layer besides those of INVERSES.
 
     Raises:
         NotApplicableError: the model is not such a chain; the sentence says where.
@@ -202,13 +205,13 @@ def chain(model: Classifier, image_shape: Shape) -> list[Link]:
             _check(module, name, given, {link.name for link in links})
             shapes = [tuple(t.shape[1:]) if t.ndim == 4 else (t.shape[1], 1, 1) for t in (given, output)]
             links.append(Link(name, module, shapes[0], shapes[1], None))  # type: ignore[arg-type]
-        elif links and links[-1].activation is None and _invertible(module):
+        elif links and links[-1].activation is None and (_invertible(module) or type(module) in further):
             links[-1] = dataclasses.replace(links[-1], activation=module)
         else:
+            known = ", ".join(kind.__name__ for kind in (*further, *INVERSES))
             raise NotApplicableError(
-                f"{name} is a {type(module).__name__}, which can't be undone here: the way back needs"
-                f" {', '.join(kind.__name__ for kind in INVERSES)} behind each dense layer or convolution, and nothing"
-                " else. Use an attack that matches gradients"
+                f"{name} is a {type(module).__name__}, which can't be undone here: the way back needs {known} behind"
+                " each dense layer or convolution, and nothing else. Use an attack that matches gradients"
             )
     if (
         not links

@@ -48,17 +48,29 @@ def convnet(num_classes: int, image_shape: Shape, width: int = 64) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(c * (h // 9) * (w // 9), num_classes))
 
 
-def cnn6(num_classes: int, image_shape: Shape) -> nn.Module:
+def cnn6(
+    num_classes: int, image_shape: Shape, activation: nn.Module | None = None, widths: tuple[int, int] = (12, 36)
+) -> nn.Module:
     """R-GAP's CNN6: six convolutions and a dense classifier without biases, LeakyReLU with slope 0.2."""
     c, h, w = image_shape
     layers: list[nn.Module] = []
     for out, kernel, stride, padding in [
-        *((12, 4, 2, 2), (36, 3, 2, 1), (36, 3, 1, 1)),
+        *((widths[0], 4, 2, 2), (widths[1], 3, 2, 1), (36, 3, 1, 1)),
         *((36, 3, 1, 1), (64, 3, 2, 1), (128, 3, 1, 1)),
     ]:
-        layers += [nn.Conv2d(c, out, kernel, stride, padding, bias=False), nn.LeakyReLU(0.2)]
+        layers += [nn.Conv2d(c, out, kernel, stride, padding, bias=False), activation or nn.LeakyReLU(0.2)]
         c, h, w = out, (h + 2 * padding - kernel) // stride + 1, (w + 2 * padding - kernel) // stride + 1
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(c * h * w, num_classes, bias=False))
+
+
+def cnn6_relu(num_classes: int, image_shape: Shape) -> nn.Module:
+    """CNN6 with ReLU in place of LeakyReLU."""
+    return cnn6(num_classes, image_shape, nn.ReLU())
+
+
+def cnn6_relu_wide(num_classes: int, image_shape: Shape) -> nn.Module:
+    """CNN6 with ReLU, and with 24 and 96 channels in its first two convolutions instead of 12 and 36."""
+    return cnn6(num_classes, image_shape, nn.ReLU(), (24, 96))
 
 
 def vgg11(num_classes: int, image_shape: Shape) -> nn.Module:
