@@ -102,8 +102,8 @@ def plan() -> list[Setting]:
     found += [Setting("depth", "300-300-300", "mnist", 64, batches=50, rules=("iLRG", "iLRG, rounded", "zero-shot"))]
     found += [Setting("untrained", "300-300", "mnist", b, normalised=False, batches=50) for b in (8, 256)]
     found += [
-        Setting("training", "300-300", "mnist", batch, trained=epochs, batches=50)
-        for epochs in (0.1, 0.3, 1.0, 3.0)
+        Setting("training", "300-300", "mnist", batch, trained=epochs)
+        for epochs in (0.3, 1.0, 3.0)
         for batch in (24, 64)
     ]
     found += [
