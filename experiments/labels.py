@@ -1,7 +1,7 @@
 """What label rules find in batches of 1 to 4,096: which classes are there, how many images each has.
 
 Nothing is optimised, so that this is no study of Cases: one row for a setting and a rule goes to a file of its own, in
-a folder that `results.read` does not look into. A setting that is there is not run again.
+a folder that `results.read` does not look into. What is there of a setting is not run again.
 
     python experiments/labels.py [--out results/labels/rules.jsonl] [--only authors]
 
@@ -102,8 +102,8 @@ def plan() -> list[Setting]:
     found += [Setting("depth", "300-300-300", "mnist", 64, batches=50, rules=("iLRG", "iLRG, rounded", "zero-shot"))]
     found += [Setting("untrained", "300-300", "mnist", b, normalised=False, batches=50) for b in (8, 256)]
     found += [
-        Setting("training", "300-300", "mnist", batch, trained=epochs, batches=50)
-        for epochs in (0.1, 0.3, 1.0, 3.0)
+        Setting("training", "300-300", "mnist", batch, trained=epochs)
+        for epochs in (0.3, 1.0, 3.0)
         for batch in (24, 64)
     ]
     found += [
@@ -312,8 +312,13 @@ def main() -> None:
     parser.add_argument("--most", type=int, help="so many settings, and no more")
     given = parser.parse_args()
     lines = given.out.read_text().splitlines() if given.out.exists() else []
-    done = {named(json.loads(line)) for line in lines}
-    left = [s for s in plan() if named(dataclasses.asdict(s)) not in done and given.only in (None, s.part)]
+    done = {(named(row), row["rule"]) for row in map(json.loads, lines)}
+    left = [
+        dataclasses.replace(s, rules=rules)
+        for s in plan()
+        if given.only in (None, s.part)
+        and (rules := tuple(name for name in s.rules if (named(dataclasses.asdict(s)), name) not in done))
+    ]
     for setting in left[: given.most]:
         for row in list(rows(setting)):
             results.append_row(given.out, row)

@@ -356,3 +356,15 @@ def test_counts_need_a_sum_of_gradients(optimiser, rng):
 def test_settings_are_checked(make):
     with pytest.raises(ValueError, match="needs"):
         make()
+
+
+def test_a_new_rule_for_batches_leaves_records_of_one_image_valid(monkeypatch):
+    from gi_lib import bench
+    from gi_lib.attacks import InvertingGradients
+
+    one, two = (bench.Case(InvertingGradients(), "lenet", "digits", tuple(range(n))) for n in (1, 2))
+    told = bench.Case(InvertingGradients(), "lenet", "digits", (0, 1), threat=ThreatModel(knows_labels=True))
+    before = [bench.key(case) for case in (one, two, told)]
+    monkeypatch.setattr(labels, "batch_revision", labels.batch_revision + 1)
+    same = [bench.key(case) == key for case, key in zip((one, two, told), before, strict=True)]
+    assert same == [True, False, True]
