@@ -5,8 +5,8 @@
                public code attacks. One row an image and label, with how many times the other root's image is as bright.
     rank       [K; W; P] of each layer of CNN6 with ten classes at 32 px on one image: counted and numeric.
     copa       three convolutions of 12, 5 and 20 channels on the middle 16 x 16 pixels, ten classes, whose second layer
-               has fewer equations than unknowns, with Tanh and with LeakyReLU: R-GAP, COPA at two numbers of iterations,
-               and DLG. One row an image, activation and attack.
+               has fewer equations than unknowns, with Tanh and with LeakyReLU: R-GAP, COPA at 200 and at 2,000
+               iterations, and DLG. One row an image, activation and attack.
 
 Image i meets the network drawn from seed i. The rows go to a file of their own, in a folder that `results.read` does
 not look into; a row that is there is not computed again.
@@ -88,7 +88,7 @@ def copa(dataset: data.Dataset, image: int):
     whole = dataset.batch([image])
     edge = (whole.images.shape[-1] - 16) // 2
     batch = Batch(whole.images[:, :, edge : edge + 16, edge : edge + 16], whole.labels)
-    budget = protocol.budget("lenet", 2)
+    budget = protocol.budget("lenet", 1)
     for activation in (torch.nn.Tanh, torch.nn.LeakyReLU):
         model = short(image, activation, dataset.num_classes)
         obs = observe(model, batch, rng=torch.Generator())
