@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gi_lib import results
-from gi_lib.attacks import CPL, DLG, IDLG, SAPAG, BiasRatio, InvertingGradients, PracticalRecipe
+from gi_lib.attacks import CPL, DLG, IDLG, RGAP, SAPAG, BiasRatio, InvertingGradients, PracticalRecipe
 from gi_lib.bench import Case, protocol
 
 
@@ -30,8 +30,11 @@ TUNING = results.by_key(Path(__file__).parents[1] / "results" / "tuning.jsonl")
 ALL = [(model, dataset) for model in protocol.MODELS for dataset in protocol.DATASETS]
 CIFAR10 = [(model, "cifar10") for model in protocol.MODELS]
 OTHERS = [pair for pair in ALL if pair not in CIFAR10]
+CHAINS = [(model, dataset) for model in ("cnn6", "lenet") for dataset in ("mnist", "cifar10", "cifar100")]
+"""Where R-GAP can go back. At 64 px a layer of these has up to 13,068 unknowns: minutes an image, gigabytes."""
 WANTED = (  # technique, its attack, setting, rung, stage of the queue, cells
     ("bias_ratio", BiasRatio(), "default", 1, 1, ALL),
+    ("rgap", RGAP(), "default", 1, 1, CHAINS),
     ("inverting_gradients", InvertingGradients(), "tuned", 1, 1, ALL),
     ("inverting_gradients", InvertingGradients(), "tuned", 2, 2, ALL),
     ("inverting_gradients", InvertingGradients(), "default", 2, 2, CIFAR10),
