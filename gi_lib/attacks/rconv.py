@@ -165,6 +165,7 @@ def gradient_matrix(link: Link, k: Tensor) -> Tensor:
 
 
 def one_sided(link: Link) -> bool:
+    """Whether its activation hides what is below zero."""
     return isinstance(link.activation, nn.ReLU)
 
 
@@ -178,9 +179,9 @@ def behind(link: Link, a: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     if one_sided(link):
         on = a > max(-4 * a.min().item(), tol * a.max().item())
         return a, on, on.to(a.dtype)
-    z, slope = (
-        (a, torch.ones_like(a)) if link.activation is None else undo(link.activation, a)
-    )
+    z, slope = a, torch.ones_like(a)
+    if link.activation is not None:
+        z, slope = undo(link.activation, a)
     return z, torch.ones_like(a, dtype=torch.bool), slope
 
 
