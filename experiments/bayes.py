@@ -27,9 +27,13 @@ GAUSSIAN, LAPLACE = GaussianNoise(SIGMA), LaplaceNoise(SIGMA)
 
 NATS = (300.0, 1000.0, 3000.0)
 """Weights of the prior beside a log-likelihood."""
-SCALES: dict[Distance | None, float] = {None: 1.0, squared_l2: 2 * SIGMA**2, l1: SIGMA, cosine: 1.5e-4}
-"""By what the weights are multiplied so that another distance sees about the same prior; the cosine's is rough, since
-it depends on the lengths of gradient and noise."""
+WEIGHTS: dict[Distance | None, tuple[float, ...]] = {
+    None: NATS,
+    squared_l2: tuple(2 * SIGMA**2 * nats for nats in NATS),
+    l1: tuple(SIGMA * nats for nats in NATS),
+    cosine: (0.015, 0.045, 0.15),
+}
+"""What is tried for each distance. The cosine is no log-likelihood: its weights lie around its best ones."""
 LAWS: tuple[tuple[Defense, tuple[Distance | None, ...]], ...] = (
     (GAUSSIAN, (None, l1, cosine)),
     (LAPLACE, (None, squared_l2, cosine)),
@@ -38,7 +42,7 @@ LAWS: tuple[tuple[Defense, tuple[Distance | None, ...]], ...] = (
 
 
 def settings(distance: Distance | None) -> list[BayesOptimal]:
-    return [BayesOptimal(tv=SCALES[distance] * nats, distance=distance) for nats in NATS]
+    return [BayesOptimal(tv=tv, distance=distance) for tv in WEIGHTS[distance]]
 
 
 def tuning(noise: Defense, attack: BayesOptimal) -> list[Case]:
