@@ -102,9 +102,9 @@ def plan() -> list[Setting]:
     found += [Setting("depth", "300-300-300", "mnist", 64, batches=50, rules=("iLRG", "iLRG, rounded", "zero-shot"))]
     found += [Setting("untrained", "300-300", "mnist", b, normalised=False, batches=50) for b in (8, 256)]
     found += [
-        Setting("training", "300-300", "mnist", batch, trained=epochs)
+        Setting("training", "300-300", "mnist", batch, drawn, trained=epochs)
         for epochs in (0.3, 1.0, 3.0)
-        for batch in (24, 64)
+        for batch, drawn in ((24, "random"), (64, "random"), (64, "dirichlet"))
     ]
     found += [
         Setting("rlg", "300-300", "cifar100", batch, batches=5, rules=("RLG, unchecked", "negative bias"))
