@@ -7,7 +7,8 @@ a folder that `results.read` does not look into. What is there of a setting is n
 
 The private batches come from the train split, as in the study of iLRG's authors, and the attacker's own images from
 the test split. Batch i of an untrained network meets the weights of seed i. All layers but the last are frozen: rules
-read no other, and the gradient costs a forward pass. Three scores a batch, beside those of "all classes are there" and of an even guess:
+read no other, and the gradient costs a forward pass. Three scores a batch, beside those of "all classes are there" and
+of an even guess:
 
 * presence, the share of the K classes of which it is right whether they are there ("LeAcc"),
 * counts, the share of the K classes whose number is right ("LnAcc"),
