@@ -7,7 +7,8 @@ a folder that `results.read` does not look into. What is there of a setting is n
 
 The private batches come from the train split, as in the study of iLRG's authors, and the attacker's own images from
 the test split. Batch i of an untrained network meets the weights of seed i. All layers but the last are frozen: rules
-read no other, and the gradient costs a forward pass. Three scores a batch, each beside that of "all classes are there":
+read no other, and the gradient costs a forward pass. Three scores a batch, beside those of "all classes are there" and
+of an even guess:
 
 * presence, the share of the K classes of which it is right whether they are there ("LeAcc"),
 * counts, the share of the K classes whose number is right ("LnAcc"),
@@ -51,9 +52,19 @@ def rlg_unchecked(obs: Observation) -> Tensor:
     return labels.separable(labels.span(labels.last_layer(obs)[0]))
 
 
-EXTRA: dict[str, Callable[[Observation], Tensor]] = {"iLRG, rounded": ilrg_rounded, "RLG, unchecked": rlg_unchecked}
+def even(obs: Observation) -> Tensor:
+    """No rule, but what it must beat: as many of each class as of every other."""
+    K, size = obs.num_classes, obs.batch_size or 0
+    return labels.of_counts(labels.apportion(torch.full((K,), size / K), size))
+
+
+EXTRA: dict[str, Callable[[Observation], Tensor]] = {
+    "even guess": even,
+    "iLRG, rounded": ilrg_rounded,
+    "RLG, unchecked": rlg_unchecked,
+}
 RULES = {name: rule for name, rule in labels.RULES.items() if name != "known"} | labels.PRESENCE
-USUAL = tuple(name for name in RULES if name not in (*ONE, "column minimum", OWN[-1]))
+USUAL = ("even guess", *(name for name in RULES if name not in (*ONE, "column minimum", OWN[-1])))
 LARGE = tuple(name for name in USUAL if name not in (*OWN, "LLBG", "RLG"))
 
 
@@ -92,7 +103,7 @@ class Setting:
 
 def plan() -> list[Setting]:
     """All settings, those of the published tables first."""
-    both = (*USUAL, *EXTRA)
+    both = (*USUAL, "iLRG, rounded", "RLG, unchecked")
     found = [
         Setting("authors", model, "mnist", batch, normalised=normalised, batches=50, rules=both)
         for batch in (24, 64, 128)
@@ -102,9 +113,9 @@ def plan() -> list[Setting]:
     found += [Setting("depth", "300-300-300", "mnist", 64, batches=50, rules=("iLRG", "iLRG, rounded", "zero-shot"))]
     found += [Setting("untrained", "300-300", "mnist", b, normalised=False, batches=50) for b in (8, 256)]
     found += [
-        Setting("training", "300-300", "mnist", batch, trained=epochs)
+        Setting("training", "300-300", "mnist", batch, drawn, trained=epochs)
         for epochs in (0.3, 1.0, 3.0)
-        for batch in (24, 64)
+        for batch, drawn in ((24, "random"), (64, "random"), (64, "dirichlet"))
     ]
     found += [
         Setting("rlg", "300-300", "cifar100", batch, batches=5, rules=("RLG, unchecked", "negative bias"))

@@ -129,8 +129,9 @@ def chosen(obs: Observation) -> str:
 
     Labels that are known; for one image the sign rule, which is exact. For a batch, repeats included: RLU with
     auxiliary data. Without, and with fewer images than classes, a greedy rule, which reads signs and so holds of a
-    trained network too; with more the signs fail, and zero-shot counts are taken. Each by the bias, or without one by
-    the weights. Where the client's steps are withheld nothing can be counted, and the column minimum is left.
+    trained network too; with more the signs fail, and zero-shot counts are taken, which lead on untrained networks.
+    Each by the bias, or without one by the weights. Where the client's steps are withheld nothing can be counted, and
+    the column minimum is left.
     """
     if obs.labels is not None:
         return "known"
