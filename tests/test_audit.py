@@ -84,6 +84,9 @@ def test_what_does_not_apply_is_said_and_nothing_is_called_safe():
     report = audit(own("conv"), SHAPE, steps=2, clients=1)
     untried = dict(report.untried)
     assert "this model begins with Conv2d" in untried["closed form (bias ratio)"]
+    formula = asked(report)["Does a formula give the images"]
+    assert "R-GAP" in formula.question and formula.answer in ("leaks", "not found")
+    assert {what for what, _, _ in report.facts} >= {"rank analysis"}
     assert "learned inversion" in untried
     searches = [f for f in report.findings if f.question.startswith("Does a search")]
     assert ["iDLG" in f.question for f in searches] == [True, False]  # it is smooth

@@ -67,6 +67,14 @@ def test_dense_layers_and_biases_are_gone_back_through():
     assert attacked(model, photo(label=3))[1] > 100
 
 
+@pytest.mark.parametrize("hidden", [(), (nn.Linear(40, 30), nn.LeakyReLU(0.3))], ids=["one more", "two more"])
+def test_a_network_that_begins_with_a_dense_layer_is_gone_back_through(hidden):
+    torch.manual_seed(0)
+    layers = nn.Flatten(), nn.Linear(768, 40), nn.Tanh(), *hidden
+    model = models.wrap(nn.Sequential(*layers, nn.Linear(30 if hidden else 40, 5)).double(), num_classes=5)
+    assert attacked(model, photo(label=3))[1] > 100
+
+
 def test_in_float32_the_image_is_found_too():
     rng = torch.Generator()
     obs = observe(small(7).float(), photo(label=4), rng=rng)

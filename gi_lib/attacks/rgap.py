@@ -188,7 +188,11 @@ def invert(obs: Observation, refine: Refine | None = None) -> Reconstruction:
         ways.append((head, x, off))
     best, _, off = min(ways, key=lambda way: way[-1])
     mean, std = obs.model.mean.double(), obs.model.std.double()
-    roots = [mean + std * x for head, x, _ in ways if head.label == best.label]
+    roots = [
+        mean + std * x.reshape(obs.image_shape)
+        for head, x, _ in ways
+        if head.label == best.label
+    ]
     image = max(roots, key=merit).clamp(0, 1)[None].to(obs.dtype)
     label = torch.tensor([best.label], device=obs.device)
     rec = certified(obs, image, lambda obs: label)

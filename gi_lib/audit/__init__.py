@@ -23,9 +23,18 @@ from torch import Tensor
 
 from gi_lib import labels as rules
 from gi_lib import metrics, provenance
-from gi_lib.attacks import DLG, IDLG, BiasRatio, GradInversion, InvertingGradients, RobbingTheFed
+from gi_lib.attacks import DLG, IDLG, RGAP, BiasRatio, GradInversion, InvertingGradients, RobbingTheFed
 from gi_lib.audit import page
-from gi_lib.audit.facts import PIECEWISE_LINEAR, Pictures, facts_of, picture_uri, public_images, rank
+from gi_lib.audit.facts import (
+    MOST_UNKNOWNS,
+    PIECEWISE_LINEAR,
+    Pictures,
+    facts_of,
+    largest_system,
+    picture_uri,
+    public_images,
+    rank,
+)
 from gi_lib.copies import batch_norms
 from gi_lib.defenses import Defense
 from gi_lib.federated import PLAIN, Client, ThreatModel, Update, observe, receive
@@ -368,7 +377,7 @@ def audit(
         started = time.perf_counter()
         if steps is None:
             _check_budget(first, len(case.targets), budget, seed)
-        findings = [_labels(case), _counted(case, budget), *_closed_form(case), *_malicious(case)]
+        findings = [_labels(case), _counted(case, budget), *_closed_forms(case), *_malicious(case)]
         findings += _searches(case, started + budget, steps)
     made = {
         "time": f"{time.perf_counter() - started:.0f} s, "
@@ -563,16 +572,30 @@ def _counted(case: _Case, budget: float) -> Finding:
     return Finding("Does the update determine the images?", answer, sure, evidence, "nobody: a property", numbers)
 
 
-def _closed_form(case: _Case) -> list[Finding]:
-    attack, results = BiasRatio(), []
+def _closed_forms(case: _Case) -> list[Finding]:
+    return [
+        *_closed_form(case, BiasRatio(), "bias ratio", "one division"),
+        *_closed_form(case, RGAP(), "R-GAP", "linear equations, layer by layer"),
+    ]
+
+
+def _closed_form(case: _Case, attack: Any, name: str, cost: str) -> list[Finding]:
+    results = []
     for target in case.targets:
         try:
-            results.append(_run(case, attack, target, target.see(granted(attack))))
+            obs = target.see(granted(attack))
+            if isinstance(attack, RGAP) and (size := largest_system(obs)) > MOST_UNKNOWNS:
+                raise NotApplicableError(f"a layer has {size:,} unknowns, and up to {MOST_UNKNOWNS:,} are solved here")
+            results.append(_run(case, attack, target, obs))
         except NotApplicableError as error:
-            case.untried.append(("closed form (bias ratio)", str(error)))
+            case.untried.append((f"closed form ({name})", str(error)))
             return []
+<<<<<<< HEAD
     question = "Does a formula give the images? (bias ratio)"
     return [_images(case, question, results, case.attacker(attack), "one division", "formula")]
+=======
+    return [_images(case, f"Does a formula give the images? ({name})", results, case.attacker(attack), cost)]
+>>>>>>> d17d765b79c30c1f1f7d8107eb9042ace171004a
 
 
 def _malicious(case: _Case) -> list[Finding]:

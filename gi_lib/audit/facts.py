@@ -14,11 +14,15 @@ from gi_lib import data, results
 from gi_lib.copies import batch_norms, deep_copy, masks
 from gi_lib.defenses import Defense
 from gi_lib.federated import Client, observe
+from gi_lib.models import rank as rank_analysis
+from gi_lib.models.chain import chain
 from gi_lib.models.layers import logit_layer, probe
 from gi_lib.types import Batch, Classifier, Images, NotApplicableError, Observation
 
 PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.Hardtanh)
 SMOOTH = (nn.Sigmoid, nn.Tanh, nn.GELU, nn.SiLU, nn.ELU, nn.SELU, nn.Softplus, nn.Mish, nn.Hardswish)
+MOST_UNKNOWNS = 5000
+"""In a layer's equations, so that R-GAP takes a minute or less."""
 MARGIN = 8
 """More random directions than unknowns, so that their rank is that of the Jacobian."""
 
@@ -92,6 +96,15 @@ def rank(model: Classifier, batch: Batch, seconds: float) -> int | None:
     return int(torch.linalg.matrix_rank(torch.stack(rows)))
 
 
+def largest_system(obs: Observation) -> int:
+    """The unknowns of the largest convolution that R-GAP would solve; 0 where it does not apply."""
+    try:
+        links = chain(obs.model, obs.image_shape)
+    except NotApplicableError:
+        return 0
+    return max([torch.Size(link.input).numel() for link in links if isinstance(link.layer, nn.Conv2d)], default=0)
+
+
 def facts_of(
     obs: Observation, model: Classifier, client: Client, defense: Defense | None
 ) -> tuple[tuple[str, str, str], ...]:
@@ -108,6 +121,7 @@ def facts_of(
         ("parameters", f"{count:,}", "each gives a number of the update"),
         ("first layer", *_first_layer(obs)),
         ("last layer", *_last_layer(obs)),
+        ("rank analysis", *_rank_analysis(obs)),
         (
             "activation",
             ", ".join(dict.fromkeys(kinds)) or "no layer of its own",
@@ -144,6 +158,20 @@ def facts_of(
     )
 
 
+def _rank_analysis(obs: Observation) -> tuple[str, str]:
+    """The index of the architecture, for one image."""
+    try:
+        index = rank_analysis.index(rank_analysis.count(obs.model, obs.image_shape))
+    except (ValueError, RuntimeError, NotImplementedError) as error:  # a model that can't run without its numbers
+        return "not counted", str(error).partition("\n")[0]
+    if index > 0:
+        return f"index {index:,}", "for one image a layer has more unknowns than equations: R-GAP can't be exact"
+    return (
+        f"index {index:,}",
+        "for one image each layer has as many equations as unknowns, if it can be gone back through",
+    )
+
+
 def _first_layer(obs: Observation) -> tuple[str, str]:
     """The first layer with parameters that a pass runs, and what its kind means."""
     ran: list[nn.Module] = []
@@ -166,8 +194,8 @@ def _first_layer(obs: Observation) -> tuple[str, str]:
         )
     if isinstance(first, nn.Conv2d):
         kernel = "x".join(map(str, first.kernel_size))
-        return f"{type(first).__name__} {kernel}, {bias} bias", "it mixes patches: no closed form here applies"
-    return f"{type(first).__name__}, {bias} bias", "no closed form here applies"
+        return f"{type(first).__name__} {kernel}, {bias} bias", "it mixes patches: the bias ratio does not apply"
+    return f"{type(first).__name__}, {bias} bias", "the bias ratio does not apply"
 
 
 def _last_layer(obs: Observation) -> tuple[str, str]:
