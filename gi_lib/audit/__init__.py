@@ -590,12 +590,7 @@ def _closed_form(case: _Case, attack: Any, name: str, cost: str) -> list[Finding
         except NotApplicableError as error:
             case.untried.append((f"closed form ({name})", str(error)))
             return []
-<<<<<<< HEAD
-    question = "Does a formula give the images? (bias ratio)"
-    return [_images(case, question, results, case.attacker(attack), "one division", "formula")]
-=======
-    return [_images(case, f"Does a formula give the images? ({name})", results, case.attacker(attack), cost)]
->>>>>>> d17d765b79c30c1f1f7d8107eb9042ace171004a
+    return [_images(case, f"Does a formula give the images? ({name})", results, case.attacker(attack), cost, "formula")]
 
 
 def _malicious(case: _Case) -> list[Finding]:
