@@ -56,6 +56,9 @@ from gi_lib.types import (
 MOST = 8192
 """Entries of one channel of a batch, at most: A's null space is square in them."""
 
+ZERO = 2e-12
+"""What rounding leaves of a zero, relative to the largest, in an exact update."""
+
 
 def links_of(
     model: Classifier, image_shape: tuple[int, int, int], most: int = MOST
@@ -169,15 +172,15 @@ def one_sided(link: Link) -> bool:
     return isinstance(link.activation, nn.ReLU)
 
 
-def behind(link: Link, a: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+def behind(link: Link, a: Tensor, zero: float) -> tuple[Tensor, Tensor, Tensor]:
     """From the layer's activated output a: z, where it is known, and act'(z).
 
     A ReLU has no negative output: the most negative entry of `a` tells by how much the
-    solution is off. What is within four times that of zero, or within the share `tol`
+    solution is off. What is within four times that of zero, or within the share `zero`
     of the largest entry, counts as zero.
     """
     if one_sided(link):
-        on = a > max(-4 * a.min().item(), tol * a.max().item())
+        on = a > max(-4 * a.min().item(), zero * a.max().item())
         return a, on, on.to(a.dtype)
     z, slope = a, torch.ones_like(a)
     if link.activation is not None:
@@ -307,7 +310,8 @@ class RConv:
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)
         links = links_of(obs.model, obs.image_shape)
-        tol = torch.finfo(obs.dtype).eps ** 0.75
+        eps = torch.finfo(obs.dtype).eps
+        tol, zero = eps**0.75, max(4 * eps, ZERO)
         mean, std = (t.double().cpu() for t in (obs.model.mean, obs.model.std))
         grey = ((0.5 - mean) / std).expand(obs.image_shape)
         k, miss = head_errors(obs, links[-1], self.label_rule)
@@ -324,7 +328,7 @@ class RConv:
                 raise ValueError(too_few(link, found, miss))
             before = links[i - 1]
             k = link.transposed(k).reshape(-1, *before.output)
-            z, known, slope = behind(before, found.x.reshape(k.shape), tol)
+            z, known, slope = behind(before, found.x.reshape(k.shape), zero)
             k = k * slope
         x = mean + std * found.x.reshape(-1, *obs.image_shape)
         images = x.clamp(0, 1).to(obs.device, obs.dtype)
