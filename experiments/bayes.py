@@ -20,7 +20,7 @@ from gi_lib.defenses import ATS, PRECODE, Defense, GaussianNoise, LaplaceNoise, 
 from gi_lib.matching import Distance, cosine, l1, squared_l2
 
 RECORDS = results.by_key(Path(__file__).parents[1] / "results" / "bayes.jsonl")
-IMAGES, TUNED_ON = range(16), range(2)
+IMAGES, TUNED_ON = range(16), range(4)
 KNOWN = ThreatModel(knows_defense=True, knows_labels=True)
 SIGMA = 0.1
 GAUSSIAN, LAPLACE = GaussianNoise(SIGMA), LaplaceNoise(SIGMA)
