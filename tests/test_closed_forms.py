@@ -1,6 +1,9 @@
 """R-GAP and the rank analysis, against plain linear algebra and autograd."""
 
+import json
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -422,3 +425,39 @@ def test_the_numeric_rank_is_numpys_of_the_whole_matrix(widths, outputs):
         assert row.counted == min(n - len(P), len(K) + len(W)) + len(P)
     assert all(math.isfinite(row.condition) == (row.rank == row.unknowns) for row in rows)
     assert (rank.index(rank.count(model, (3, SIDE, SIDE))) < 0) == all(row.rank == row.unknowns for row in rows)
+
+
+# The account
+
+
+@pytest.fixture(scope="module")
+def script():
+    return runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "closed_forms_account.py"))
+
+
+class Colours:
+    """Of a dataset what the account's networks ask for."""
+
+    image_shape, num_classes = (3, 32, 32), 10
+
+
+def test_the_networks_of_the_account(script):
+    """CNN6 with one logit has the convolutions of CNN6; the other network is short of equations."""
+    one, two = script["one_logit"](3, Colours), models.build("cnn6", num_classes=2, image_shape=(3, 32, 32), seed=3)
+    assert one.net[-1].out_features == 1 and one(torch.rand(2, 3, 32, 32).double()).shape == (2, 2)
+    for mine, theirs in zip(one.net[:-1].parameters(), two.net[:-1].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs.double())
+    for activation in (nn.Tanh, nn.LeakyReLU):
+        rows = rank.count(script["short"](0, activation, 10), (3, SIDE, SIDE))
+        assert [row.index > 0 for row in rows] == [False, True, False, False]
+
+
+def test_a_row_of_the_account_that_is_there_is_not_computed_again(script, tmp_path, monkeypatch):
+    out, calls = tmp_path / "account.jsonl", []
+    monkeypatch.setitem(
+        script["main"].__globals__, "copa", lambda data, i: calls.append(i) or [{"part": "copa", "image": i}]
+    )
+    for images in ("1", "3"):
+        script["main"](["--images", images, "--parts", "copa", "--dataset", "digits", "--out", str(out)])
+    assert calls == [0, 1, 2]
+    assert [json.loads(line)["image"] for line in out.read_text().splitlines()] == [0, 1, 2]
