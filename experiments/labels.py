@@ -322,7 +322,7 @@ def main() -> None:
     parser.add_argument("--only", help="settings of this part alone")
     parser.add_argument("--most", type=int, help="so many settings, and no more")
     given = parser.parse_args()
-    lines = given.out.read_text().splitlines() if given.out.exists() else []
+    lines = given.out.read_text(encoding="utf-8").splitlines() if given.out.exists() else []
     done = {(named(row), row["rule"]) for row in map(json.loads, lines)}
     left = [
         dataclasses.replace(s, rules=rules)

@@ -85,7 +85,9 @@ label_tensors = st.one_of(
 
 
 def some_of(names, values=numbers):
-    """Some of the keyword arguments."""
+    """Some of the keyword arguments, if there are any."""
+    if not names:
+        return st.just({})
     return st.dictionaries(st.sampled_from(sorted(names)), values, max_size=3)
 
 

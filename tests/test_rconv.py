@@ -6,8 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from gi_lib import Batch, Client, NotApplicableError, ThreatModel, WithheldError, evaluate, models, observe
-from gi_lib.attacks import RConv, rconv
+from gi_lib import (
+    Batch,
+    Client,
+    NotApplicableError,
+    ThreatModel,
+    WithheldError,
+    evaluate,
+    labels,
+    models,
+    observe,
+)
+from gi_lib.attacks import RGAP, RConv, rconv
 from gi_lib.defenses import GaussianNoise
 
 SHAPE = (3, 12, 12)
@@ -252,12 +262,17 @@ def test_batches_that_labels_do_not_tell_apart_are_refused(labels, rng):
     refused(network(*FULL), batch, "tells the images of a batch apart by their labels, got", knows_labels=True)
 
 
-def test_labels_that_repeat_unseen_are_told_by_the_error_or_the_certificate(rng):
+def test_labels_that_repeat_are_refused_and_unseen_told_by_the_error_or_the_certificate(rng):
     batch = Batch(images(3, rng).images, torch.tensor([1, 1, 2]))
     obs = observe(network((48, 3, 2, 1), (32, 3, 1, 1), act=nn.Sigmoid), batch, rng=torch.Generator())
+    with pytest.raises(NotApplicableError, match="labels, got .1, 1, 2. of 6 classes"):
+        RConv()(obs, torch.Generator())
+    unseen = RConv(label_rule=labels.column_min)
     with pytest.warns(UserWarning, match="the closed form does not hold here"):
-        assert not RConv()(obs, torch.Generator()).notes["certified"]
-    refused(network(*INNER), batch, "equations are off by 1: .* a label is wrong or repeats", error=ValueError)
+        assert not unseen(obs, torch.Generator()).notes["certified"]
+    obs = observe(network(*INNER), batch, rng=torch.Generator())
+    with pytest.raises(ValueError, match="equations are off by 1: .* a label is wrong or repeats"):
+        unseen(obs, torch.Generator())
 
 
 def test_a_batch_of_more_images_than_an_inner_layer_has_equations_for_is_an_error(rng):
@@ -275,3 +290,11 @@ def test_noise_is_answered_by_a_warning_or_an_error(rng):
     obs = observe(network(*FULL), images(1, rng), defense=GaussianNoise(1e-4), rng=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match="the closed form does not hold here"):
         assert not RConv()(obs, torch.Generator()).notes["certified"]
+
+
+def test_rgap_has_no_way_back_through_relu(rng):
+    obs = observe(
+        models.build("cnn6_relu", num_classes=10, image_shape=(3, 32, 32)), images(1, rng, (3, 32, 32)), rng=rng
+    )
+    with pytest.raises(NotApplicableError, match="is a ReLU, which can't be undone"):
+        RGAP()(obs, rng)

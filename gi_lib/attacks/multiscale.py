@@ -1,4 +1,4 @@
-"""Multiscale inversion: settings of that name in the framework breaching.
+"""Multiscale inversion, settings of breaching (Geiping, Fowl, Wen, 2022), a framework.
 
 After the image pyramid of Plug-In Inversion (Ghiasi, Kazemi, Reich, Zhu, Goldblum,
 Goldstein, ICML 2022), which inverts networks and not gradients. No paper has the

@@ -1,7 +1,7 @@
-"""The practical recipe: the settings called "modern" in the framework breaching.
+"""The practical recipe, "modern" of breaching (Geiping, Fowl, Wen, 2022), a framework.
 
-No paper has them. `breaching` (Geiping, Fowl, Wen, 2022) is a public framework, whose
-choices this file follows; none of its code is here.
+No paper has these settings. This file follows the choices of the public framework;
+none of its code is here.
 
     x* = argmin over x in [0, 1]^n of  1 - <g(x), g*> / (|g(x)| |g*|)
              + a_tv TV_c(x) + a_h mean (h(x) - h*)^2,     h*_i = gW*_y / gb*_y, y = y_i

@@ -1,4 +1,5 @@
-"""Self-Adaptive Privacy Attack from Gradients, SAPAG (Wang, Deng, Guo et al., 2020).
+"""Self-Adaptive Privacy Attack from Gradients, SAPAG (Wang, Deng, Guo, Wang, Meng, Liu,
+Ding, Rajasekaran, 2020).
 
 arXiv:2009.06228.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gi_lib.labels.counts import ILRG, RLU, CountRule, ZeroShot, ZeroShotWeights, apportion, of_counts
 from gi_lib.labels.greedy import LLBG, LLGPlus, LLGStar, bias_greedy, llg
-from gi_lib.labels.layer import last_layer, loss_scale, noise, of_images, surrogate
+from gi_lib.labels.layer import by_class, last_layer, loss_scale, noise, of_images, surrogate
 from gi_lib.labels.signs import (
     column_min,
     idlg,
@@ -128,10 +128,10 @@ def chosen(obs: Observation) -> str:
     """The name in RULES of the rule that `infer` takes: of those that the Observation grants the best, as measured.
 
     Labels that are known; for one image the sign rule, which is exact. For a batch, repeats included: RLU with
-    auxiliary data. Without, and with fewer images than classes, a greedy rule, which reads signs and so holds of a
-    trained network too; with more the signs fail, and zero-shot counts are taken, which lead on untrained networks.
-    Each by the bias, or without one by the weights. Where the client's steps are withheld nothing can be counted, and
-    the column minimum is left.
+    auxiliary data of all classes. Without, and with fewer images than classes, a greedy rule, which reads signs and so
+    holds of a trained network too; with more the signs fail, and zero-shot counts are taken, which lead on untrained
+    networks. Each by the bias, or without one by the weights. Where the client's steps are withheld nothing can be
+    counted, and the column minimum is left.
     """
     if obs.labels is not None:
         return "known"
@@ -139,10 +139,20 @@ def chosen(obs: Observation) -> str:
         return "iDLG"
     if obs.batch_size is None or obs.client is None:
         return "column minimum"
-    few, own = obs.batch_size < obs.num_classes, obs.auxiliary is not None
+    few, own = obs.batch_size < obs.num_classes, obs.auxiliary is not None and _serves(obs)
     if last_layer(obs)[1] is not None:
         return "RLU" if own else "bias greedy" if few else "zero-shot"
     return "LLG" if few else "zero-shot, weights, own images" if own else "zero-shot, weights"
+
+
+def _serves(obs: Observation) -> bool:
+    """Whether the auxiliary data have images of every class of the model, and of no other."""
+    rule = RLU()
+    try:
+        by_class(obs, "RLU", rule.images, torch.Generator().manual_seed(rule.seed))
+    except NotApplicableError:
+        return False
+    return True
 
 
 def infer(obs: Observation) -> Labels:

@@ -168,9 +168,14 @@ def by_class(obs: Observation, rule: str, each: int, rng: torch.Generator) -> tu
 
     Raises:
         WithheldError: there are no auxiliary data.
-        NotApplicableError: a class is missing in them.
+        NotApplicableError: a class is missing in them, or they have others than the model.
     """
     images, y = need_auxiliary(obs, rule).draw(each * obs.num_classes, rng)
+    if (most := int(y.max())) >= obs.num_classes:
+        raise NotApplicableError(
+            f"{rule} needs auxiliary images of the model's {obs.num_classes} classes, and there is one of class {most};"
+            " give others, or use labels.ZeroShot()"
+        )
     of = nn.functional.one_hot(y.to(obs.device), obs.num_classes).T.double()
     if missing := (of.sum(1) == 0).nonzero().flatten().tolist():
         raise NotApplicableError(
