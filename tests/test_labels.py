@@ -326,6 +326,9 @@ def test_what_rules_need(rng):
         labels.soft_label(seen([3], rng, model=network(bias=False)))
     with pytest.raises(NotApplicableError, match="the labels are not known"):
         labels.known(full)
+    negative = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Sigmoid(), nn.Hardtanh(-2, -1), nn.Linear(8, K))
+    with pytest.raises(NotApplicableError, match="impact of one image does not come out negative.*ZeroShot"):
+        labels.LLGStar()(seen(DISTINCT, rng, model=models.wrap(negative, num_classes=K).double()))
     hidden = seen(DISTINCT, rng, knows_batch_size=False)
     for name in set(labels.RULES) - {"known"}:
         with pytest.raises(WithheldError, match="needs the batch size"):

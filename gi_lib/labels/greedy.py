@@ -7,7 +7,6 @@ from torch import Tensor
 
 from gi_lib.labels.counts import of_counts
 from gi_lib.labels.layer import by_class, descent, features, last_layer, need_batch_size, need_bias, noise
-from gi_lib.labels.signs import SURE
 from gi_lib.types import Labels, NotApplicableError, Observation, PerClass, Presence, whole
 
 
@@ -19,7 +18,10 @@ def greedy(score: PerClass, impact: Tensor, first: Presence, size: int) -> Label
     Where the first are more than B, the B with the smallest scores are taken.
     """
     if not impact < 0:
-        raise NotApplicableError(SURE)
+        raise NotApplicableError(
+            "the impact of one image does not come out negative: the sums of the features are, or the network is sure"
+            " of every label; use labels.ZeroShot(), which reads the bias"
+        )
     n = first.long()
     if n.sum() > size:
         n = torch.zeros_like(n)

@@ -1,7 +1,5 @@
 """The last layer, of which all rules read: its gradient, its weights, and what images make of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
