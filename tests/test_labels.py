@@ -371,3 +371,12 @@ def test_a_new_rule_for_batches_leaves_records_of_one_image_valid(monkeypatch):
     monkeypatch.setattr(labels, "batch_revision", labels.batch_revision + 1)
     same = [bench.key(case) == key for case, key in zip((one, two, told), before, strict=True)]
     assert same == [True, False, True]
+
+
+def test_auxiliary_data_of_other_classes_are_refused_by_name_and_not_counted_with(rng):
+    obs = seen(REPEATED, rng, auxiliary=Own(K + 3))
+    with pytest.raises(NotApplicableError, match=f"images of the model's {K} classes, and there is one of class"):
+        labels.RULES["RLU"](obs)
+    without = seen(REPEATED, torch.Generator().manual_seed(0))
+    assert labels.chosen(obs) == labels.chosen(without) != "RLU"
+    assert labels.infer(obs).shape == (len(REPEATED),)
