@@ -12,8 +12,8 @@ function element(tag, attributes = {}, ...children) {
 // Keyboard access for wide tables, equations and outputs: what scrolls sideways, and only that, is a region that can be
 // focused and scrolled by the arrow keys. Its name is that of the section in which it stands.
 document.addEventListener("DOMContentLoaded", () => {
-  const boxes = ".gi-scroll-x, .indextable, .pst-scrollable-table-container, .cell_output, div.math, .output pre";
-  const kind = (box) => (box.querySelector("table") ? "Table" : box.matches("div.math") ? "Equation" : "Output");
+  const boxes = ".gi-scroll-x, .indextable, .pst-scrollable-table-container, .cell_output, div.math, .katex-display, .output pre";
+  const kind = (box) => (box.querySelector("table") ? "Table" : box.matches("div.math, .katex-display") ? "Equation" : "Output");
   const update = (box) => {
     const scrolls = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX !== "visible";
     if (!scrolls) {
