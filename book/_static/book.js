@@ -29,4 +29,6 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const box of document.querySelectorAll(boxes)) {
     for (const one of [box, ...box.querySelectorAll("table")]) watch.observe(one);
   }
+  // The fonts of formulas come later, and widen what is in a box, not the box.
+  document.fonts.ready.then(() => document.querySelectorAll(boxes).forEach(update));
 });
