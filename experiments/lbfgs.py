@@ -3,6 +3,9 @@
 The squared distance by L-BFGS, without a prior and without a box, from one start: DLG with the label known. The images,
 networks and starts are those of the study `inverting_gradients`, to be read beside them. We know neither the paper's
 number of iterations nor of starts; DLG's are taken, 300 steps of up to 20 iterations.
+
+It is another search than the paper's: DLG starts from N(0, 1) in pixels, the public code of Inverting Gradients in the
+units of the network, whose input is normalised.
 """
 
 from gi_lib import ThreatModel
