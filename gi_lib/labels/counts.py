@@ -63,7 +63,21 @@ class CountRule(ABC):
 
 
 @dataclass(frozen=True)
-class ZeroShot(CountRule):
+class DummyRule(CountRule):
+    """A rule that looks at what the network makes of dummy images."""
+
+    images: int = 128  # "100 or more" in public code
+    seed: int = 0  # of the noise
+    inputs: Inputs = noise
+
+    def __post_init__(self):
+        whole(self, "images")
+        whole(self, "seed", least=0)
+        function(self, "inputs")
+
+
+@dataclass(frozen=True)
+class ZeroShot(DummyRule):
     """The mean softmax of dummy images stands for that of the batch (Geng et al., arXiv:2110.09074).
 
     n = B (pbar - gb / T) for the sum gb of T gradients; pbar is the mean softmax of the inputs. For several steps pbar
@@ -74,15 +88,7 @@ class ZeroShot(CountRule):
     trained network needs: to noise it does not answer as it does to images.
     """
 
-    images: int = 128  # "100 or more" in public code
-    seed: int = 0  # of the noise
-    inputs: Inputs = noise
     revision = 1
-
-    def __post_init__(self):
-        whole(self, "images")
-        whole(self, "seed", least=0)
-        function(self, "inputs")
 
     def raw(self, obs: Observation) -> PerClass:
         size, run = need_batch_size(obs, "ZeroShot"), descent(obs, "ZeroShot")
@@ -96,7 +102,7 @@ class ZeroShot(CountRule):
 
 
 @dataclass(frozen=True)
-class ZeroShotWeights(CountRule):
+class ZeroShotWeights(DummyRule):
     """Zero-shot counts without a bias (Geng et al., arXiv:2110.09074): the row sums s of dL/dW stand for it.
 
     s_k is about (mean_i p_ik - n_k / B) O, with O the mean over images of sum_d h_d, so that
@@ -104,15 +110,7 @@ class ZeroShotWeights(CountRule):
     the mean over the steps is taken. Departures: none.
     """
 
-    images: int = 128
-    seed: int = 0
-    inputs: Inputs = noise
     revision = 1
-
-    def __post_init__(self):
-        whole(self, "images")
-        whole(self, "seed", least=0)
-        function(self, "inputs")
 
     def raw(self, obs: Observation) -> PerClass:
         size, run = need_batch_size(obs, "ZeroShotWeights"), descent(obs, "ZeroShotWeights")
