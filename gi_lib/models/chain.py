@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from gi_lib.models.layers import Shape, probe
+from gi_lib.models.layers import Shape, probe, watched
 from gi_lib.types import Classifier, NotApplicableError
 
 REFINEMENTS, SHIFTS = 30, 14
@@ -182,14 +182,8 @@ def chain(model: Classifier, image_shape: Shape, further: tuple[type[nn.Module],
         ran.append((module, inputs[0].clone(), output.clone()))
 
     leaves = [module for module in model.modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(note) for module in leaves]
     images = probe(model, image_shape)
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
-            logits = model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    logits = watched(model, leaves, images, note)
     value, links = (images - model.mean) / model.std, list[Link]()
     for module, given, output in ran:
         name = names[module]

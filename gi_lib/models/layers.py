@@ -1,5 +1,6 @@
 """Questions about a model that only a forward pass answers: which dense layers it runs, and on what."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,19 @@ def probe(model: Classifier, image_shape: Shape, size: int = 2) -> Tensor:
     )
 
 
+def watched(
+    model: Classifier, layers: Iterable[nn.Module], images: Tensor, ran: Callable[[nn.Module, tuple, Tensor], None]
+) -> Tensor:
+    """The logits [B, K] of a forward pass; ran(layer, inputs, output) is called as each of these layers has run."""
+    hooks = [layer.register_forward_hook(ran) for layer in layers]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+            return model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def dense_layers(model: Classifier, images: Tensor) -> tuple[list[Dense], Tensor]:
     """The dense layers in the order in which a forward pass runs them, those on flat inputs, and the logits [B, K]."""
     names = {id(p): name for name, p in model.named_parameters()}
@@ -46,14 +60,7 @@ def dense_layers(model: Classifier, images: Tensor) -> tuple[list[Dense], Tensor
             found.append(Dense(names.get(id(layer.weight)), bias, inputs[0], output))
 
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    hooks = [layer.register_forward_hook(ran) for layer in layers]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
-            logits = model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found, logits
+    return found, watched(model, layers, images, ran)
 
 
 def logit_layer(model: Classifier, image_shape: Shape) -> Dense:
