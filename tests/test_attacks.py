@@ -387,6 +387,18 @@ def test_the_kernel_of_sapag_narrows_to_its_width(client):
     assert rec.loss == pytest.approx(end.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("attack", [DLG(steps=2, max_iter=4), CPL(steps=2, max_iter=4)], ids=lambda a: type(a).__name__)
+def test_l_bfgs_seeks_what_the_network_sees(attack):
+    """A network that normalises, on images that are scaled to meet it, is the same search."""
+    batch, plain = data.load("digits").batch([0]), models.build("lenet", num_classes=10, image_shape=(1, 8, 8)).double()
+    scaled = models.wrap(plain.net, mean=0.2, std=0.5, num_classes=10)
+    traces = []
+    for model, images in ((plain, batch.images), (scaled, 0.2 + 0.5 * batch.images)):
+        obs = observe(model, Batch(images, batch.labels), threat=ThreatModel(knows_labels=True), rng=torch.Generator())
+        traces.append(attack(obs, torch.Generator().manual_seed(0)).trace)
+    torch.testing.assert_close(*traces)
+
+
 def test_idlg_is_dlg_with_the_label_read_off(client):
     obs, batch = client("lenet", 1, (3, 12, 12))
     known = dataclasses.replace(obs, labels=batch.labels)

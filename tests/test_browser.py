@@ -37,7 +37,7 @@ SEARCHES = {
     "geiping cosine": "book/inverting_gradients",
     "cosine similarity": "book/inverting_gradients",
     "bias ratio": "book/closed_form",
-    "R-GAP": "book/closed_form",
+    "R-GAP": "book/layer_by_layer",
     "Phong": "book/closed_form",
     "closed form": "book/closed_form",
     "lenet": "book/models_and_data",
@@ -142,7 +142,9 @@ def test_code_takes_a_quarter_of_a_chapter_at_most(open_page, page):
     assert tab.evaluate(CODE) <= 0.25
 
 
-@pytest.mark.parametrize("page", ["closed_form", "dlg", "idlg", "inverting_gradients", "survey", "exposed"])
+@pytest.mark.parametrize(
+    "page", ["closed_form", "layer_by_layer", "dlg", "idlg", "inverting_gradients", "survey", "exposed"]
+)
 def test_what_came_out_stands_on_the_first_screen(open_page, page):
     tab = open_page(f"book/{page}.html", viewport={"width": 1400, "height": 900})
     first = tab.locator("article :is(.gi-pictures, .gi-slider, table.gi-grid) img").first

@@ -6,7 +6,7 @@ arXiv:2004.10397.
 
 by L-BFGS with step length 1, where y is the one-hot label, read off the last layer's
 gradient, and p(x) the model's probabilities. The search begins with a pattern, a patch
-of U(0, 1) tiled over the image, instead of noise.
+of U(0, 1) tiled over the image, instead of noise, in the units that the network sees.
 
 The authors' notebooks leave alpha at 0, and so does the default; `breaching`, a public
 framework, has 1 with the cross-entropy. Wherever the model is not sure of the label
@@ -24,6 +24,7 @@ import torch
 from gi_lib import labels
 from gi_lib.matching import squared_l2
 from gi_lib.optimise import lbfgs
+from gi_lib.parametrisations import Pixels
 from gi_lib.priors import label_distance
 from gi_lib.search import patterned, search
 from gi_lib.types import (
@@ -40,7 +41,7 @@ from gi_lib.types import (
 @dataclass(frozen=True)
 class CPL:
     needs: ClassVar[Needs] = Needs(("client", "batch_size"), labels=True)
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
 
     pattern: int = 16  # side of the patch in pixels, the authors' notebooks
     label: float = 0.0  # alpha
@@ -61,12 +62,13 @@ class CPL:
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)
-        y = self.label_rule(obs)
+        y, pixels = self.label_rule(obs), Pixels(obs.model.mean, obs.model.std)
 
         def match(x):
             return squared_l2(obs.simulate(x, y), obs.gradient)
 
-        def loss(x):
+        def loss(z):
+            x = pixels.image(z)
             if not self.label:
                 return match(x)
             return match(x) + self.label * label_distance(obs.model, x, y)
@@ -78,9 +80,9 @@ class CPL:
             steps=self.steps,
             start=patterned(obs, self.pattern),
             loss=loss,
-            match=lambda x: match(x.clamp(0, 1)),
-            image=lambda x: x,
-            labels=lambda x: y,
+            match=lambda z: match(pixels.image(z).clamp(0, 1)),
+            image=pixels.image,
+            labels=lambda z: y,
             optimiser=lbfgs(self.lr, max_iter=self.max_iter, history=self.history),
             frames=self.frames,
         )

@@ -2,10 +2,13 @@
 
     x*, y* = argmin over x, y of  | g(x, softmax(y)) - g* |^2
 
-by L-BFGS with step length 1, from x and y drawn from N(0, 1). The loss contains a
-gradient, so that its own gradient needs the model's second derivatives. ReLU has none
-but at its corner, where the loss jumps: the authors ask for a smooth model. On some
-networks with ReLU the search succeeds all the same.
+by L-BFGS with step length 1, from x and y drawn from N(0, 1). What is drawn and moved
+is x in the units that the network sees: where the model normalises its input, L-BFGS
+in pixels is another search, and a worse one.
+
+The loss contains a gradient, so that its own gradient needs the model's second
+derivatives. ReLU has none but at its corner, where the loss jumps: the authors ask for
+a smooth model. On some networks with ReLU the search succeeds all the same.
 
 With known labels only x is sought.
 Departs from the paper: restarts are stacked and the one with the smallest loss is
@@ -22,6 +25,7 @@ from torch import nn
 
 from gi_lib.matching import squared_l2
 from gi_lib.optimise import lbfgs
+from gi_lib.parametrisations import Pixels
 from gi_lib.search import gaussian, search
 from gi_lib.types import Needs, Observation, Reconstruction, displayed, real, whole
 
@@ -31,7 +35,7 @@ _PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.Hardtanh)
 @dataclass(frozen=True)
 class DLG:
     needs: ClassVar[Needs] = Needs(("client", "batch_size"))
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
 
     steps: int = 300  # public code; each of up to max_iter iterations
     lr: float = 1.0  # torch's default, as in the public code
@@ -48,11 +52,12 @@ class DLG:
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)
         _warn_of_kinks(obs)
+        pixels = Pixels(obs.model.mean, obs.model.std)
         known, start = obs.labels, [gaussian(obs)]
         if known is None:
             start.append(gaussian(obs, obs.batch_size or 1, obs.num_classes))
 
-        def loss(x, *y):
+        def match(x, *y):
             labels = y[0].softmax(-1) if known is None else known
             return squared_l2(obs.simulate(x, labels), obs.gradient)
 
@@ -62,10 +67,10 @@ class DLG:
             restarts=self.restarts,
             steps=self.steps,
             start=start,
-            loss=loss,
-            match=lambda x, *y: loss(x.clamp(0, 1), *y),
-            image=lambda x, *y: x,
-            labels=lambda x, *y: y[0].argmax(-1) if known is None else known,
+            loss=lambda z, *y: match(pixels.image(z), *y),
+            match=lambda z, *y: match(pixels.image(z).clamp(0, 1), *y),
+            image=lambda z, *y: pixels.image(z),
+            labels=lambda z, *y: y[0].argmax(-1) if known is None else known,
             optimiser=lbfgs(self.lr, max_iter=self.max_iter, history=self.history),
             frames=self.frames,
         )

@@ -7,7 +7,7 @@ arXiv:2009.06228.
 
 by AdamW, over the parameters l of the model: a Gaussian kernel whose width adapts to
 each of them. The label is read off the last layer's gradient. The search begins with
-N(0, 1).
+N(0, 1), in the units that the network sees.
 
 No code of the authors was found, and the text at hand was the abstract: the formula is
 from memory, and the settings are ours. The paper may weigh the layers, which are all
@@ -44,7 +44,7 @@ from gi_lib.types import (
 @dataclass(frozen=True)
 class SAPAG:
     needs: ClassVar[Needs] = Needs(("client", "batch_size"), labels=True)
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
 
     steps: int = 3000
     lr: float = 0.1
@@ -65,13 +65,13 @@ class SAPAG:
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)
-        y, pixels = self.label_rule(obs), Pixels()
+        y, pixels = self.label_rule(obs), Pixels(obs.model.mean, obs.model.std)
 
-        def match(x, w=1.0):
-            return gaussian_kernel(obs.simulate(x, y), obs.gradient, w)
+        def match(z, w=1.0):
+            return gaussian_kernel(obs.simulate(pixels.image(z), y), obs.gradient, w)
 
-        def loss(x, now):
-            return match(x, self.wide ** (1 - now)) + self.tv * total_variation(x)
+        def loss(z, now):
+            return match(z, self.wide ** (1 - now)) + self.tv * total_variation(z)
 
         return search(
             obs,
@@ -82,7 +82,7 @@ class SAPAG:
             loss=loss,
             match=match,
             image=pixels.image,
-            labels=lambda x: y,
+            labels=lambda z: y,
             optimiser=adam(self.lr, decay=self.decay),
             project=pixels.project,
             frames=self.frames,
