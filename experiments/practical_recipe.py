@@ -3,9 +3,8 @@
 CIFAR-10 images one by one, the label known; image i meets the untrained network drawn from seed i, and every attack
 starts from seed i. The whole recipe, then one part changed at a time: the squash of the gradient (the sign, or
 nothing), the total variation (of the channels alone), the start (N(0, 1), which is a patch as wide as the image), and
-no feature prior. Beside them Inverting Gradients, and the image pyramid of the same framework. On lenet at 300 and
-2,000 evaluations, and on convnet at 2,000. "tuned" is what the study `tuning` chose for a network; it has no cases
-until it has chosen.
+no feature prior. Beside them Inverting Gradients, and the image pyramid of the same framework. On lenet and convnet, at
+300 and 2,000 evaluations. "tuned" is what the study `tuning` chose for a network; it has no cases until it has chosen.
 """
 
 from dataclasses import dataclass
@@ -43,7 +42,12 @@ ATTACKS = {
     "multiscale": Multiscale(),
     "multiscale, enlarged without a focus": Multiscale(resize=enlarge),
 }
-WANTED = (("lenet", 300, 1), ("lenet", 2000, 2), ("convnet", 2000, 6))  # network, evaluations, stage of the queue
+WANTED = (  # network, evaluations, stage of the queue
+    ("lenet", 300, 1),
+    ("lenet", 2000, 2),
+    ("convnet", 300, 2),
+    ("convnet", 2000, 6),
+)
 
 PLAN = []
 for model, evaluations, stage in WANTED:
