@@ -89,7 +89,7 @@ def row(technique: dict, field: dict, entry: str, ours: tuple[float, str] | None
         "needs": escape(technique["needs"]),
         "recovers": escape(technique["recovers"]),
         "best known": known(technique),
-        "ours": ours[1] if ours else '<span class="gi-none">no record</span>',
+        "ours": ours[1] if ours else f'<span class="gi-none">{"see the chapter" if chapter else "no record"}</span>',
         "code": f'<a href="{code}">{"GitHub" if "github.com" in code else "code"}</a>' if code else "–",
         "chapter": f'<a href="{uri(chapter)}">chapter</a>' if chapter else f'<span class="gi-none">{NO_CHAPTER}</span>',
     }
