@@ -65,8 +65,12 @@ def l2(x: Images) -> Scalar:
 def statistics_distance(model: Classifier, x: Images, target: Statistics | None) -> Scalar:
     """sum_l |mu_l(x) - mu_l|_2 + |var_l(x) - var_l|_2 over the inputs of the batch norms (Yin et al., CVPR 2021)."""
     assert target is not None
-    found = bn_statistics(model, x)
-    apart = [a - b for name, goal in target.items() for a, b in zip(found[name], goal, strict=True)]
+    return statistics_gap(bn_statistics(model, x), target)
+
+
+def statistics_gap(found: Statistics, goal: Statistics) -> Scalar:
+    """sum_l |mu_l - mu*_l|_2 + |var_l - var*_l|_2 over the layers of the goal."""
+    apart = [a - b for name, pair in goal.items() for a, b in zip(found[name], pair, strict=True)]
     return torch.stack([norm(d) for d in apart]).sum()
 
 

@@ -36,9 +36,11 @@ SHAPE = (3, 12, 12)
 SETTINGS = {  # attack -> (its settings, a model without exact zeros in its gradients, facts, auxiliary data)
     "bayes": ({"steps": 5, "restarts": 2}, "lenet", {"knows_defense": True}),
     "bias_ratio": ({}, "mlp", {}),
+    "bn_update": ({"steps": 5, "restarts": 2}, "resnet20", {"knows_buffers": True}),
     "copa": ({"iterations": 5}, "cnn6", {}),
     "cpl": ({"steps": 5, "max_iter": 2, "restarts": 2, "pattern": 5, "label": 0.5}, "lenet", {}),
     "dlg": ({"steps": 5, "max_iter": 2, "restarts": 2}, "lenet", {}),
+    "fedleak": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "gradinversion": (
         {"steps": 5, "restarts": 2, "renew": 1, "group_start": 0.0},
         "resnet20",
@@ -86,6 +88,7 @@ def model_of(name, shape=SHAPE):
 def of_attack(name):
     settings, model_name, facts = SETTINGS[name]
     attack, model, trapdoor = ATTACKS[name](**settings), model_of(model_name), None
+    model.train("knows_buffers" in facts)
     if hasattr(attack, "plant"):
         model, trapdoor = attack.plant(model, SHAPE, Noise(), torch.Generator().manual_seed(1))
     rng = torch.Generator().manual_seed(0)

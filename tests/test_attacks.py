@@ -28,8 +28,10 @@ from gi_lib.attacks import (
     IDLG,
     RGAP,
     SAPAG,
+    BatchNormUpdate,
     BayesOptimal,
     BiasRatio,
+    FedLeak,
     GradInversion,
     InvertingGradients,
     Multiscale,
@@ -50,9 +52,11 @@ from gi_lib.types import Needs
 CONTRACT = {  # name -> (a small instance, a model that suits it)
     "bayes": (BayesOptimal(steps=3, restarts=2, frames=2), "convnet"),
     "bias_ratio": (BiasRatio(), "mlp"),
+    "bn_update": (BatchNormUpdate(steps=3, restarts=2, frames=2), "resnet20"),
     "copa": (COPA(iterations=3), "cnn6"),
     "cpl": (CPL(steps=2, max_iter=3, restarts=2, label=0.1, frames=2), "lenet"),
     "dlg": (DLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
+    "fedleak": (FedLeak(steps=3, restarts=2, frames=2), "lenet"),
     "gradinversion": (GradInversion(steps=3, renew=1, group_start=0.0, restarts=2, frames=2), "convnet"),
     "idlg": (IDLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
     "inverting_gradients": (InvertingGradients(steps=3, restarts=2, frames=2), "convnet"),
@@ -68,6 +72,7 @@ FACTS = {  # field of the Observation -> the fact that grants it
     "batch_size": "knows_batch_size",
     "labels": "knows_labels",
     "bn_stats": "knows_bn_stats",
+    "buffers": "knows_buffers",
     "defense": "knows_defense",
     "trapdoor": "malicious_server",
 }
@@ -104,7 +109,8 @@ def granted(rng):
     """An observation that has all that an attack needs: granted(attack, model name, size, shape, **facts)."""
 
     def make(attack, name, size=1, shape=(3, 12, 12), train=False, client=None, **facts):
-        model = models.build(name, num_classes=4, image_shape=shape).train(train)
+        moves = "buffers" in attack.needs.facts  # running statistics move in train mode alone
+        model = models.build(name, num_classes=4, image_shape=shape).train(train or moves)
         batch = Batch(torch.rand(size, *shape, generator=rng), torch.arange(size) % 4)
         known = {FACTS[field]: True for field in attack.needs.facts} | facts
         trapdoor = None
@@ -246,6 +252,12 @@ BAD_SETTINGS = [
     (InvertingGradients, {"tv": -1e-3}, "InvertingGradients needs tv"),
     (InvertingGradients, {"lr": math.inf}, "InvertingGradients needs lr, a finite number > 0, got inf"),
     (InvertingGradients, {"steps": -5}, "InvertingGradients needs steps"),
+    (BatchNormUpdate, {"bn": -1.0}, "BatchNormUpdate needs bn, a finite number >= 0"),
+    (BatchNormUpdate, {"steps": 0}, "BatchNormUpdate needs steps"),
+    (FedLeak, {"fraction": 0.0}, "FedLeak needs fraction, a finite number > 0, got 0.0"),
+    (FedLeak, {"fraction": 1.5}, "FedLeak needs fraction and mix of at most 1, got 1.5 and 0.5"),
+    (FedLeak, {"mix": -0.1}, "FedLeak needs mix, a finite number >= 0"),
+    (FedLeak, {"rho": 0.0}, "FedLeak needs rho"),
     (GradInversion, {"renew": 0}, "GradInversion needs renew"),
     (GradInversion, {"bn": math.nan}, "GradInversion needs bn"),
     (Multiscale, {"stages": 0}, "Multiscale needs stages, a whole number >= 1, got 0"),

@@ -109,6 +109,38 @@ def test_batch_norm_brings_its_attack_and_its_mode_is_told():
     assert told == ["an attacker with the update, the model, the batch size and the batch's batch-norm statistics (E)"]
 
 
+def test_statistics_that_come_back_are_told():
+    """In train mode they are the batch's, and a search gets them; in eval mode nothing of the batch is in them."""
+    report = audit(own("norm").train(), SHAPE, steps=2, clients=2, batch_size=2)
+    found = asked(report)["Do the running statistics that come back tell the batch's"]
+    assert found.answer == "leaks" and found.numbers["numbers"] == 8 and found.numbers["apart"] < 1e-4
+    assert found.change.startswith("Batch norm: keep the running statistics") and found.change in report.advice
+    assert found.attacker.endswith("the running statistics that come back (E)")
+    assert "the batch's statistics leak" in report.headline
+    assert any("(batch-norm update)" in f.question for f in report.findings)
+    calm = audit(own("norm").eval(), SHAPE, steps=2, clients=1)
+    assert "in train mode" in dict(calm.untried)["what the returned statistics tell"]
+    assert not any(f.numbers.get("kind") == "statistics" for f in calm.findings)
+
+
+def test_a_recorded_update_of_the_whole_state_tells_its_batchs_statistics():
+    model, x = own("norm").train(), torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(1))
+    sent, labels = Client()(model, x, torch.tensor([1, 3])), torch.tensor([1, 3])
+    before = {name: v.clone() for name, v in model.state_dict().items() if "running" in name}
+    with torch.no_grad():
+        model(x)
+    moved = {name: v - model.state_dict()[name] for name, v in before.items()}
+    model.load_state_dict(model.state_dict() | before)
+    update = {name: g.detach() for name, g in sent.items()}
+    settings = {"labels": labels, "steps": 2, "clients": 1}
+    whole = audit(model, SHAPE, update=update | moved, **settings)
+    found = asked(whole)["Do the running statistics that come back tell the batch's"]
+    assert found.answer == "leaks" and "not of every update" not in found.evidence
+    part = asked(audit(model, SHAPE, update=update, **settings))
+    said = part["Do the running statistics that come back tell the batch's"].evidence
+    assert "the running statistics of the recorded batch are not given" in said
+
+
 def test_local_steps_are_a_training_detail():
     report = audit(own("dense"), SHAPE, steps=2, clients=1, client=Client(steps=2, lr=0.1))
     formula = asked(report)["Does a formula give the images"]

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gi_lib.attacks.bayes import BayesOptimal
     from gi_lib.attacks.bias_ratio import BiasRatio
+    from gi_lib.attacks.bn_update import BatchNormUpdate
     from gi_lib.attacks.copa import COPA
     from gi_lib.attacks.cpl import CPL
     from gi_lib.attacks.dlg import DLG
+    from gi_lib.attacks.fedleak import FedLeak
     from gi_lib.attacks.gradinversion import GradInversion
     from gi_lib.attacks.idlg import IDLG
     from gi_lib.attacks.inverting_gradients import InvertingGradients
@@ -59,9 +61,11 @@ ATTACKS = Registry(
     {
         "bayes": "BayesOptimal",
         "bias_ratio": "BiasRatio",
+        "bn_update": "BatchNormUpdate",
         "copa": "COPA",
         "cpl": "CPL",
         "dlg": "DLG",
+        "fedleak": "FedLeak",
         "gradinversion": "GradInversion",
         "idlg": "IDLG",
         "inverting_gradients": "InvertingGradients",
@@ -82,8 +86,10 @@ __all__ = [
     "IDLG",
     "RGAP",
     "SAPAG",
+    "BatchNormUpdate",
     "BayesOptimal",
     "BiasRatio",
+    "FedLeak",
     "GradInversion",
     "InvertingGradients",
     "Multiscale",

@@ -23,7 +23,17 @@ from torch import Tensor
 
 from gi_lib import labels as rules
 from gi_lib import metrics, provenance
-from gi_lib.attacks import DLG, IDLG, RGAP, BiasRatio, GradInversion, InvertingGradients, RobbingTheFed
+from gi_lib.attacks import (
+    DLG,
+    IDLG,
+    RGAP,
+    BatchNormUpdate,
+    BiasRatio,
+    GradInversion,
+    InvertingGradients,
+    RobbingTheFed,
+)
+from gi_lib.attacks.bn_update import Inferred
 from gi_lib.audit import page
 from gi_lib.audit.facts import (
     MOST_UNKNOWNS,
@@ -66,6 +76,9 @@ RANK_SHARE = 0.2
 FEDSGD = Client()
 THE_LABELS = "the labels"
 STATISTICS = "the batch's batch-norm statistics"
+RETURNED = "the running statistics that come back"
+SAME = 1e-3
+"""How near to the batch's own, in parts of their norm, inferred statistics count as these."""
 BOUND = "Where a bound is needed whoever attacks: DP-SGD, with accounting over all rounds. Nothing else here gives one."
 TO_CHANGE = {
     "labels": "Labels: let secure aggregation add the clients' updates before the server sees one. Then it learns the"
@@ -167,6 +180,8 @@ class Audit:
         more = []
         if any(f.leaks for f in self.findings if f.numbers.get("kind") == "labels"):
             more.append("labels leak")
+        if any(f.leaks for f in self.findings if f.numbers.get("kind") == "statistics"):
+            more.append("the batch's statistics leak")
         if any(f.leaks for f in self.findings if f.numbers.get("malicious")):
             more.append("a server that changes the model gets images")
         return f"{said}{'; ' if more else ''}{'; '.join(more)}."
@@ -377,7 +392,7 @@ def audit(
         started = time.perf_counter()
         if steps is None:
             _check_budget(first, len(case.targets), budget, seed)
-        findings = [_labels(case), _counted(case, budget), *_closed_forms(case), *_malicious(case)]
+        findings = [_labels(case), _counted(case, budget), *_returned(case), *_closed_forms(case), *_malicious(case)]
         findings += _searches(case, started + budget, steps)
     made = {
         "time": f"{time.perf_counter() - started:.0f} s, "
@@ -409,6 +424,7 @@ def _recorded(case: _Case, update: Update, labels: Tensor | None) -> _Target:
         for asked, there, what in (
             (threat.knows_labels, obs.labels, "the labels"),
             (threat.knows_bn_stats, obs.bn_stats, "the batch-norm statistics"),
+            (threat.knows_buffers, obs.buffers, "the running statistics"),
         ):
             if asked and there is None:
                 raise WithheldError(f"{what} of the recorded batch are not given")
@@ -572,6 +588,40 @@ def _counted(case: _Case, budget: float) -> Finding:
     return Finding("Does the update determine the images?", answer, sure, evidence, "nobody: a property", numbers)
 
 
+def _returned(case: _Case) -> list[Finding]:
+    """Whether the running statistics that come back tell those of the batch."""
+    if not batch_norms(case.targets[0].see(ThreatModel()).model):
+        return []
+    threat, told, layers, apart = granted(Inferred()), [], 0, 0.0
+    numbers, reason = 0, ""
+    for target in case.targets:
+        try:
+            goal, _ = Inferred()(target.see(threat))
+        except NotApplicableError as error:
+            reason = str(error)
+            continue
+        layers, numbers = len(goal), sum(mean.numel() + var.numel() for mean, var in goal.values())
+        told.append(target)
+        if target.truth is not None:
+            own = target.see(dataclasses.replace(threat, knows_bn_stats=True)).bn_stats or {}
+            pairs = [(a, b) for name in goal for a, b in zip(goal[name], own[name], strict=True)]
+            apart = max(apart, *(((a - b).norm() / b.norm().clamp_min(1e-12)).item() for a, b in pairs))
+    if not told:
+        case.untried.append(("what the returned statistics tell", reason))
+        return []
+    question = "Do the running statistics that come back tell the batch's?"
+    evidence = f"{numbers:,} numbers of the batch, the mean and variance of each channel of {layers} batch norms"
+    answer, sure = "leaks", "solved: the new running value is a known mixture of the old one and the batch's"
+    if any(target.truth is not None for target in told):
+        evidence += f"; of simulated clients they are inferred to within {apart:.1g} of their norm"
+        answer = "leaks" if apart < SAME else "leaks in part"
+    if len(told) < len(case.targets):
+        evidence += f"; not of every update: {reason}"
+    attacker = case.attacker(Inferred(), [RETURNED])
+    found = {"kind": "statistics", "numbers": numbers, "layers": layers, "apart": apart}
+    return [Finding(question, answer, sure, evidence, attacker, found, change=TO_CHANGE["statistics"])]
+
+
 def _closed_forms(case: _Case) -> list[Finding]:
     return [
         *_closed_form(case, BiasRatio(), "bias ratio", "one division"),
@@ -635,6 +685,8 @@ def _battery(obs: Observation) -> list["_Search"]:
         found.append(
             _Search("GradInversion", lambda n: GradInversion(steps=n, restarts=2), GradInversion.steps, USEFUL)
         )
+    if any(norm.training and norm.running_mean is not None for norm in batch_norms(obs.model).values()):
+        found.append(_Search("batch-norm update", lambda n: BatchNormUpdate(steps=n), BatchNormUpdate.steps, USEFUL))
     return found
 
 
@@ -666,7 +718,7 @@ def _searches(case: _Case, end: float, steps: int | None) -> list[Finding]:
         spent = f"{n:,} steps on each update, {time.perf_counter() - begun:.0f} s in all"
         question = f"Does a search find the images? ({search.name})"
         attacker = case.attacker(search.make(1), search.told)
-        by = "statistics" if STATISTICS in search.told else "search"
+        by = "statistics" if {STATISTICS, RETURNED} & set(search.told) else "search"
         findings.append(_images(case, question, results, attacker, spent, by))
     return findings
 
@@ -702,7 +754,7 @@ class _Search:
 def _seen(attack: Any, target: _Target) -> tuple[Observation, list[str]]:
     """What the attack is shown, and what it was told beyond the least; the labels, where no rule finds them."""
     threat = granted(attack)
-    told = [STATISTICS] if threat.knows_bn_stats else []
+    told = [STATISTICS] * threat.knows_bn_stats + [RETURNED] * threat.knows_buffers
     obs = target.see(threat)
     try:
         obs.need(attack)

@@ -99,7 +99,7 @@ def build(
             layer.reset_running_stats()
             nn.init.ones_(layer.weight)
             nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.LayerNorm):
+        elif isinstance(layer, nn.LayerNorm | nn.GroupNorm):
             nn.init.ones_(layer.weight)
             nn.init.zeros_(layer.bias)
         elif isinstance(layer, Tokens):
@@ -222,6 +222,7 @@ MODELS = {
     "vit": Architecture(networks.vit, small_normal, normalised=True),
     "resnet20": Architecture(networks.resnet20, he_fan_out, normalised=True),
     "resnet20_4": Architecture(networks.resnet20_4, he_fan_out, normalised=True),
+    "resnet18_group": Architecture(networks.resnet18_group, he_fan_out, normalised=True),
     "resnet56": Architecture(networks.resnet56, he_fan_out, normalised=True),
     "cnn6_relu": Architecture(networks.cnn6_relu, torch_default, normalised=False),
     "cnn6_relu_wide": Architecture(networks.cnn6_relu_wide, torch_default, normalised=False),

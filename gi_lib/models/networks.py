@@ -99,6 +99,16 @@ def resnet18(num_classes: int, image_shape: Shape) -> nn.Module:
     return net
 
 
+def resnet18_group(num_classes: int, image_shape: Shape) -> nn.Module:
+    """resnet18 with group norm of 32 groups (Wu, He, ECCV 2018) in place of each batch norm."""
+    net = resnet18(num_classes, image_shape)
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, nn.GroupNorm(32, child.num_features))
+    return net
+
+
 def resnet50(num_classes: int, image_shape: Shape) -> nn.Module:
     """torchvision's ResNet-50, at every size with its stem: a 7x7 convolution of stride 2 and a pool of stride 2."""
     from torchvision.models import resnet50
