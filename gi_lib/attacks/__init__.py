@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gi_lib.attacks.agic import AGIC
     from gi_lib.attacks.bayes import BayesOptimal
     from gi_lib.attacks.bias_ratio import BiasRatio
     from gi_lib.attacks.copa import COPA
     from gi_lib.attacks.cpl import CPL
     from gi_lib.attacks.dlg import DLG
+    from gi_lib.attacks.fedavg_epochs import FedAvgEpochs
     from gi_lib.attacks.gradinversion import GradInversion
     from gi_lib.attacks.idlg import IDLG
     from gi_lib.attacks.inverting_gradients import InvertingGradients
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from gi_lib.attacks.rgap import RGAP
     from gi_lib.attacks.robbing_the_fed import RobbingTheFed
     from gi_lib.attacks.sapag import SAPAG
+    from gi_lib.attacks.sme import SME
 
 
 class Registry(Mapping[str, Any]):
@@ -57,11 +60,13 @@ class Registry(Mapping[str, Any]):
 
 ATTACKS = Registry(
     {
+        "agic": "AGIC",
         "bayes": "BayesOptimal",
         "bias_ratio": "BiasRatio",
         "copa": "COPA",
         "cpl": "CPL",
         "dlg": "DLG",
+        "fedavg_epochs": "FedAvgEpochs",
         "gradinversion": "GradInversion",
         "idlg": "IDLG",
         "inverting_gradients": "InvertingGradients",
@@ -71,10 +76,12 @@ ATTACKS = Registry(
         "rconv": "RConv",
         "robbing_the_fed": "RobbingTheFed",
         "sapag": "SAPAG",
+        "sme": "SME",
     }
 )
 
 __all__ = [
+    "AGIC",
     "ATTACKS",
     "COPA",
     "CPL",
@@ -82,8 +89,10 @@ __all__ = [
     "IDLG",
     "RGAP",
     "SAPAG",
+    "SME",
     "BayesOptimal",
     "BiasRatio",
+    "FedAvgEpochs",
     "GradInversion",
     "InvertingGradients",
     "Multiscale",
