@@ -68,12 +68,12 @@ def kept_bytes(compute: Callable[[], object]) -> int:
 def free_bytes(device: torch.device) -> float:
     """Memory that is free on a device; infinite where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return float(torch.cuda.mem_get_info(device)[0])
     try:
         told = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:  # not Linux
         return math.inf
-    return int(told.partition("MemAvailable:")[2].split()[0]) * 2**10
+    return float(told.partition("MemAvailable:")[2].split()[0]) * 2**10
 
 
 def lift(loss: OneGuess) -> Callable[..., Rows]:

@@ -413,10 +413,7 @@ class Observation:
         """
         if self.client is None:
             what, grants = _FACTS["client"]
-            raise WithheldError(
-                f"an update is the sum of several gradients or one: it takes {what} to know; observe"
-                f" with ThreatModel({grants})"
-            )
+            raise WithheldError(f"one_gradient needs {what}; observe with ThreatModel({grants})")
         if not hasattr(self.client, "one_gradient"):
             raise NotApplicableError(
                 f"what the client did is said by {type(self.client).__name__}, which tells no rule of one step; say it"

@@ -20,7 +20,8 @@ copies.
 Labels are known, or counted by the paper's rule, which takes the probabilities before
 and after the round and interpolates in between (labels.ZeroShot). Which image has which
 label in which step is drawn once. `copies=1` is the paper's simulation with images that
-all epochs share. Where the order is known, one copy is enough, and is the default.
+all epochs share, and `copies=0` its baseline, one gradient at the start times T. Where
+the order is known, one copy is enough, and is the default.
 
 Departs from the paper: the rate stays as it is, where the authors' code cuts it by a
 fifth over the whole run. P has no random convolution before it. The total variation is
@@ -134,7 +135,7 @@ class FedAvgEpochs:
     invariance: float = 1000.0  # a_inv
     project: Callable[[Copies], Tensor] = mean_image  # P
     factor: tuple[float, float] = (1.0, 2.0)  # f, at the start and at half of the steps
-    copies: int | None = None  # None: one for each epoch; 1: all epochs share it
+    copies: int | None = None  # None: one an epoch; 1: all share it; 0: one gradient
     distance: Distance = fading_l2
     restarts: int = 1
     label_rule: labels.LabelRule = interpolated
@@ -147,7 +148,7 @@ class FedAvgEpochs:
         real(self, "tv", "clip", "invariance")
         function(self, "project", "distance", "label_rule")
         if self.copies is not None:
-            whole(self, "copies")
+            whole(self, "copies", least=0)
         if len(self.factor) != 2 or not all(f > 0 for f in self.factor):
             raise ValueError(
                 f"FedAvgEpochs needs factor, two numbers > 0, got {self.factor!r:.60}"
@@ -159,16 +160,22 @@ class FedAvgEpochs:
         client: Any = obs.client
         N, T, each = len(y), client.steps, steps_an_epoch(obs)
         E = T // each
-        copies = min(E, self.copies or (E if obs.order is None else 1))
+        wanted = (E if obs.order is None else 1) if self.copies is None else self.copies
+        copies = max(1, min(E, wanted))
         order = obs.order
         if order is None:
             once = torch.randperm(N, generator=rng).split(client.local_batch or N)
             order = once * E
         turns = tuple(N * (t // each) + part for t, part in enumerate(order))
         unrolled = replace(obs, batch_size=E * N, labels=None, order=turns)
+        at_start = obs.one_gradient()
         f0, f1 = self.factor
 
         def match(z):
+            if wanted == 0:
+                g = at_start.simulate(pixels.image(z[0]), y)
+                total = {name: T * v for name, v in g.items()}
+                return self.distance(total, obs.gradient)
             x = pixels.image(z)[torch.arange(E) % copies]
             sent = unrolled.simulate(x.flatten(0, 1), y.repeat(E))
             return self.distance(sent, obs.gradient)
@@ -183,7 +190,7 @@ class FedAvgEpochs:
             return total + self.clip * outside
 
         return search(
-            obs,
+            unrolled if wanted else at_start,
             rng,
             restarts=self.restarts,
             steps=self.steps,
