@@ -4,17 +4,19 @@ None of it changes a result beyond rounding.
 """
 
 import contextlib
+import math
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gi_lib.types import Observation, Rows
+from gi_lib.types import NotApplicableError, Observation, Rows
 
 OneGuess = Callable[..., Tensor]
 """(*variables, each without the axis of rows) -> a scalar."""
@@ -27,11 +29,51 @@ def at_once(obs: Observation) -> int:
     """How many guesses are simulated best in one call.
 
     On a processor stacking saves calls while a row is small, and loses to memory traffic and grouped
-    convolutions when it is not: rows are stacked up to STACKED_ENTRIES of gradient. A GPU takes them all.
+    convolutions when it is not: rows are stacked up to STACKED_ENTRIES of gradient. A GPU takes them all. Several local
+    steps are stacked as far as the memory goes, and one by one where each step is computed again.
+
+    Raises:
+        NotApplicableError: the local steps of one guess don't fit into the memory that is free.
     """
-    if obs.device.type != "cpu":
-        return 2**31
-    return max(1, STACKED_ENTRIES // sum(g.numel() for g in obs.gradient.values()))
+    rows = 2**31
+    if obs.device.type == "cpu":
+        rows = max(1, STACKED_ENTRIES // sum(g.numel() for g in obs.gradient.values()))
+    if obs.graph is None:
+        return rows
+    free = free_bytes(obs.device)
+    if obs.graph.bytes > free:
+        raise NotApplicableError(
+            f"to simulate {obs.graph.steps} local steps takes about {obs.graph.bytes / 2**30:.2g} GiB"
+            f"{', though each is computed twice' if obs.graph.recompute else ''}, and {free / 2**30:.2g} GiB are free:"
+            " use SME or AGIC, which take the update as one gradient, or a machine with more memory"
+        )
+    return 1 if obs.graph.recompute else int(min(rows, free // obs.graph.bytes))
+
+
+def kept_bytes(compute: Callable[[], object]) -> int:
+    """What autograd keeps of a computation whose result is held: each piece of memory once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = compute()
+    del result
+    return sum(kept.values())
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that is free on a device; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        told = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:  # not Linux
+        return math.inf
+    return float(told.partition("MemAvailable:")[2].split()[0]) * 2**10
 
 
 def lift(loss: OneGuess) -> Callable[..., Rows]:

@@ -6,7 +6,8 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gi_lib.copies import (
     BatchNorm,
@@ -32,7 +34,7 @@ from gi_lib.copies import (
     strange_norms,
     unwrapped,
 )
-from gi_lib.execution import in_functorch, second_derivatives
+from gi_lib.execution import free_bytes, in_functorch, kept_bytes, second_derivatives
 from gi_lib.labels import loss_scale
 from gi_lib.models import wrap
 from gi_lib.types import (
@@ -41,6 +43,7 @@ from gi_lib.types import (
     Classifier,
     ClientUpdate,
     Gradient,
+    Graph,
     Observation,
     Order,
     Parameters,
@@ -220,6 +223,7 @@ class Client:
         theta: Gradient | None = None,
         order: Order | None = None,
         rng: torch.Generator | None = None,
+        recompute: bool = False,
     ) -> Gradient:
         """What the client sends for images [B, C, H, W] in [0, 1] and labels [B] or soft labels [B, K].
 
@@ -228,6 +232,8 @@ class Client:
             order: the images of each step; None takes them in turn.
             rng: what the client's own randomness draws from. Without it, as in an attacker's simulation, a rule's
                 noise is left out, and what the model draws is the same at each call.
+            recompute: whether autograd keeps the parameters of each step alone, and computes the rest of it again when
+                it goes back: less memory for about a third more time. Stacked guesses don't do so.
         """
         theta = own_parameters(model) if theta is None else theta
         if not in_functorch() and not all(p.requires_grad for p in theta.values()):
@@ -238,13 +244,20 @@ class Client:
         whole_batch = order is None and (self.local_batch or len(images)) >= len(images)
         parts = () if whole_batch else order or self.schedule(len(images))
         total: Gradient | None = None
+
+        def directed(t: int, x: Tensor, y: Tensor, theta: Gradient, state: list[Gradient]) -> tuple[Gradient, list]:
+            g = self.rule(model, theta, x, y, **noisy)
+            if not isinstance(g, Mapping) or g.keys() != theta.keys():
+                raise ValueError("a client's rule returns one gradient for each name in theta, in a dict")
+            state = list(state)
+            return g if self.optimiser == PLAIN else self.optimiser.direction(theta, g, state, t), state
+
+        if recompute and not in_functorch():
+            directed = partial(checkpoint, directed, use_reentrant=False, preserve_rng_state=False)
         with torch.enable_grad(), second_derivatives(), drawing(model, rng):
             for t in range(self.steps):
                 x, y = (images, labels) if whole_batch else (v[parts[t].to(v.device)] for v in (images, labels))
-                g = self.rule(model, theta, x, y, **noisy)
-                if not isinstance(g, Mapping) or g.keys() != theta.keys():
-                    raise ValueError("a client's rule returns one gradient for each name in theta, in a dict")
-                d = g if self.optimiser == PLAIN else self.optimiser.direction(theta, g, state, t)
+                d, state = directed(t, x, y, theta, state)
                 total = d if total is None else {name: total[name] + d[name] for name in d}
                 if t + 1 < self.steps:
                     theta = {name: p - self.lr * d[name] for name, p in theta.items()}
@@ -255,6 +268,10 @@ class Client:
                 " with create_graph=True, and don't detach it"
             )
         return total if graph else {name: g.detach() for name, g in total.items()}
+
+    def one_gradient(self) -> "Client":
+        """A client of one plain step on the whole batch, by the same rule: what stands in for many steps."""
+        return Client(rule=self.rule)
 
 
 @dataclass(frozen=True)
@@ -285,6 +302,7 @@ class Clients:
         *,
         theta: Gradient | None = None,
         order: Order | None = None,
+        recompute: bool = False,
     ) -> Gradient:
         if self.thetas and theta is not None:
             raise ValueError("each of these clients starts from a model of its own; theta can't replace them")
@@ -292,8 +310,52 @@ class Clients:
         sent = []
         for i in range(len(self.sizes)):
             own = self.thetas[i] if self.thetas else theta
-            sent.append(self.client(model, images, labels, theta=own, order=order[i * steps : (i + 1) * steps]))
+            mine = order[i * steps : (i + 1) * steps]
+            sent.append(self.client(model, images, labels, theta=own, order=mine, recompute=recompute))
         return weighted_mean(sent, self.sizes)
+
+    @property
+    def steps(self) -> int:
+        """Of all of them together."""
+        return self.client.steps * len(self.sizes)
+
+    @property
+    def lr(self) -> float:
+        """Of each of them."""
+        return self.client.lr
+
+    def one_gradient(self) -> Client:
+        """As Client's, with the images of all."""
+        return self.client.one_gradient()
+
+
+def graph_of(client: ClientUpdate | None, model: Classifier, images: Tensor) -> Graph | None:
+    """What autograd keeps of one guess while local steps are simulated, measured on one of them.
+
+    Every step keeps as much. Where that is more than half of the memory that is free, the steps are computed again on
+    the way back, and of each only its parameters are kept, with what the optimiser remembers.
+
+    Args:
+        images: as many as the client has.
+
+    Returns:
+        None for one step, and where it can't be told.
+    """
+    if not isinstance(client, Client | Clients) or client.steps == 1:
+        return None
+    own = client if isinstance(client, Client) else client.client
+    part = images[: own.local_batch].clone().requires_grad_()
+    labels = torch.zeros(len(part), dtype=torch.int64, device=part.device)
+    try:
+        step = kept_bytes(lambda: replace(own, steps=1, optimiser=PLAIN)(model, part, labels))
+    except (RuntimeError, ValueError):  # a rule by torch.func lets nobody look; batch norm refuses a single value
+        return None
+    theta = sum(p.numel() * p.element_size() for p in Parameters(model).values())
+    adam = isinstance(own.optimiser, Adam)
+    whole = client.steps * (step + 6 * adam * theta)  # m, v, and what their quotient keeps
+    if whole <= free_bytes(images.device) / 2 or model.draws:
+        return Graph(client.steps, whole)
+    return Graph(client.steps, client.steps * (4 if adam else 2) * theta + step, recompute=True)
 
 
 def weighted_mean(updates: Sequence[Gradient], sizes: Sequence[int]) -> Gradient:
@@ -442,10 +504,12 @@ def observe(
     ranks = labels.argsort(stable=True).argsort()  # image i is slot ranks[i] of the attacker's guess
     known = client_run if threat.knows_defense else client
     several = Clients(known, sizes, _different(seen))
+    granted = _granted_client(threat, known, several, copy)
     return Observation(
         gradient=weighted_mean(updates, sizes),
         model=copy,
-        client=_granted_client(threat, known, several, copy),
+        client=granted,
+        graph=graph_of(granted, copy, images[0]),
         image_shape=shape,
         batch_size=len(labels) if threat.knows_batch_size else None,
         num_classes=copy.num_classes,
@@ -653,15 +717,17 @@ def receive(
             mean, var = moved
             _check_statistics(f"the running statistics of {name}", norm.running_mean, mean, var)
             buffers[name] = norm.running_mean - lr * mean, norm.running_var - lr * var  # type: ignore[operator]
-    device = next(copy.parameters()).device
+    p = next(copy.parameters())
+    some = torch.rand(size or 1, *image_shape, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)
     obs = Observation(
         gradient=gradient,
         model=copy,
         client=client,
+        graph=graph_of(client, copy, some),
         image_shape=image_shape,
         batch_size=size,
         num_classes=copy.num_classes,
-        labels=None if labels is None else labels.sort().values.to(device),
+        labels=None if labels is None else labels.sort().values.to(p.device),
         bn_stats=None if bn_stats is None else _statistics(copy, bare, bn_stats),
         buffers=buffers or None,
         defense=defense,

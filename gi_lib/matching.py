@@ -1,5 +1,6 @@
 """How far the gradient of one guess is from the observed one. A Distance maps (g', g) to a scalar."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
@@ -49,6 +50,37 @@ def l1(simulated: Gradient, observed: Gradient) -> Scalar:
 def layer_l2(simulated: Gradient, observed: Gradient) -> Scalar:
     """D = sum_l |g'_l - g_l|_2, the norms of the parameters' differences (Yin et al., CVPR 2021)."""
     return torch.stack([norm(simulated[name] - g) for name, g in observed.items()]).sum()
+
+
+def layers(gradient: Gradient) -> list[list[str]]:
+    """The names of each layer's parameters, the first layer first."""
+    found: dict[str, list[str]] = {}
+    for name in gradient:
+        found.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(found.values())
+
+
+def fading_l2(simulated: Gradient, observed: Gradient) -> Scalar:
+    """D = sum_l e^(1 - l) |g'_l - g_l|^2 over the layers l = 1, 2, ... (code of Dimitrov et al., TMLR 2022)."""
+    each = [
+        math.exp(1 - l) * torch.stack([(simulated[name] - observed[name]).square().sum() for name in names]).sum()
+        for l, names in enumerate(layers(observed), start=1)
+    ]
+    return torch.stack(each).sum()
+
+
+def layer_cosine(simulated: Gradient, observed: Gradient, last: float = 1.0) -> Scalar:
+    """D = sum_l w_l (1 - cos(g'_l, g_l)) / sum_l w_l, in [0, 2], of the layers l one by one (Xu et al., SRDS 2022).
+
+    The weights rise in equal steps from 1 at the first layer to `last` at the last one.
+    """
+    names = layers(observed)
+    weights = [1 + (last - 1) * l / max(1, len(names) - 1) for l in range(len(names))]
+    each = [
+        w * cosine({n: simulated[n] for n in own}, {n: observed[n] for n in own})
+        for w, own in zip(weights, names, strict=True)
+    ]
+    return torch.stack(each).sum() / sum(weights)
 
 
 def gaussian_kernel(simulated: Gradient, observed: Gradient, width: float | Scalar = 1.0) -> Scalar:

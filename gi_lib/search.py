@@ -4,6 +4,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ def search(
     project: Callable[..., None] | None = None,
     each: Each | None = None,
     best: bool = False,
+    notes: Callable[..., dict[str, Any]] | None = None,
     frames: int = 0,
 ) -> Reconstruction:
     """Seek a guess from several starts, and return the one that matches best. All functions are of one guess.
@@ -46,6 +48,7 @@ def search(
         match: the distance to the observed gradient at the image that is returned: by it restarts are compared.
         image: the variables -> images [B, C, H, W]; what lies outside [0, 1] is clipped.
         labels: the variables -> labels [B].
+        notes: the variables -> what else there is to say of the guess that is returned.
         frames: snapshots to keep.
 
     Raises:
@@ -84,6 +87,7 @@ def search(
         frame_evaluations=found.frame_evaluations,
         frame_seconds=found.frame_seconds,
         gradient_evaluations=found.evaluations,
+        notes=notes(*chosen) if notes else {},
     )
 
 

@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -190,6 +190,20 @@ Order = tuple[Tensor, ...]
 """For each local step, the images [n] int64 that enter it."""
 
 
+class Graph(NamedTuple):
+    """What autograd keeps of one guess, so that the end of several local steps has a derivative.
+
+    Args:
+        steps: T, of all clients together.
+        bytes: in all.
+        recompute: whether each step is computed a second time on the way back, so that less is kept.
+    """
+
+    steps: int
+    bytes: int
+    recompute: bool = False
+
+
 class Sent(NamedTuple):
     """What an update was computed from, for a defense that looks at it."""
 
@@ -274,6 +288,7 @@ class Observation:
         auxiliary: data of the attacker's own, or None.
         earlier: observations of other rounds on the same data, the oldest first.
         trapdoor: what a malicious server planted, or None.
+        graph: what autograd keeps while `simulate` takes several local steps; None where nobody has estimated it.
 
     Raises:
         ValueError: the model is no attacker's copy, or the gradient or the labels don't fit it.
@@ -293,6 +308,7 @@ class Observation:
     auxiliary: Auxiliary | None = None
     earlier: tuple["Observation", ...] = ()
     trapdoor: Any = None
+    graph: "Graph | None" = None
 
     def __post_init__(self):
         if not getattr(self.model, "attackers_copy", False):
@@ -382,10 +398,28 @@ class Observation:
             what, grants = _FACTS["client"]
             raise WithheldError(f"simulate needs {what}; observe with ThreatModel({grants})")
         self._check_guess(images, labels)
+        how: dict[str, Any] = {"recompute": True} if self.graph is not None and self.graph.recompute else {}
         try:
-            return self.client(self.model, images, labels, theta=theta, order=self.order)
+            return self.client(self.model, images, labels, theta=theta, order=self.order, **how)
         except IndexError as error:  # the labels' values are not looked at: on a GPU that would wait for it
             raise ValueError(f"labels must be classes from 0 to {self.num_classes - 1} ({error})") from error
+
+    def one_gradient(self) -> "Observation":
+        """The same update, taken for one gradient of all images at once, up to a factor.
+
+        Raises:
+            WithheldError: the training details are withheld.
+            NotApplicableError: what the client did is not told by a Client of this package.
+        """
+        if self.client is None:
+            what, grants = _FACTS["client"]
+            raise WithheldError(f"one_gradient needs {what}; observe with ThreatModel({grants})")
+        if not hasattr(self.client, "one_gradient"):
+            raise NotApplicableError(
+                f"what the client did is said by {type(self.client).__name__}, which tells no rule of one step; say it"
+                " as gi_lib.Client(rule=..., steps=..., lr=...)"
+            )
+        return replace(self, client=self.client.one_gradient(), order=None, graph=None)
 
     def _check_guess(self, images: Tensor, labels: Tensor) -> None:
         shape = (len(images), *self.image_shape) if isinstance(images, Tensor) and images.ndim else None

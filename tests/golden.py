@@ -34,6 +34,7 @@ FILE = Path(__file__).with_name("golden.json")
 SHAPE = (3, 12, 12)
 
 SETTINGS = {  # attack -> (its settings, a model without exact zeros in its gradients, facts, auxiliary data)
+    "agic": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "bayes": ({"steps": 5, "restarts": 2}, "lenet", {"knows_defense": True}),
     "bias_ratio": ({}, "mlp", {}),
     "bn_update": ({"steps": 5, "restarts": 2}, "resnet20", {"knows_buffers": True}),
@@ -41,6 +42,7 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     "cpl": ({"steps": 5, "max_iter": 2, "restarts": 2, "pattern": 5, "label": 0.5}, "lenet", {}),
     "dlg": ({"steps": 5, "max_iter": 2, "restarts": 2}, "lenet", {}),
     "fedleak": ({"steps": 5, "restarts": 2}, "lenet", {}),
+    "fedavg_epochs": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "gradinversion": (
         {"steps": 5, "restarts": 2, "renew": 1, "group_start": 0.0},
         "resnet20",
@@ -54,6 +56,7 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     "rconv": ({}, "lenet", {}),
     "robbing_the_fed": ({"bins": 8, "surrogates": 64}, "lenet", {"malicious_server": True}),
     "sapag": ({"steps": 5, "restarts": 2}, "lenet", {}),
+    "sme": ({"steps": 5, "restarts": 2}, "lenet", {}),
 }
 
 

@@ -21,6 +21,7 @@ from gi_lib import (
     observe,
 )
 from gi_lib.attacks import (
+    AGIC,
     ATTACKS,
     COPA,
     CPL,
@@ -28,9 +29,11 @@ from gi_lib.attacks import (
     IDLG,
     RGAP,
     SAPAG,
+    SME,
     BatchNormUpdate,
     BayesOptimal,
     BiasRatio,
+    FedAvgEpochs,
     FedLeak,
     GradInversion,
     InvertingGradients,
@@ -50,6 +53,7 @@ from gi_lib.search import gaussian, patterned
 from gi_lib.types import Needs
 
 CONTRACT = {  # name -> (a small instance, a model that suits it)
+    "agic": (AGIC(steps=3, restarts=2, frames=2), "lenet"),
     "bayes": (BayesOptimal(steps=3, restarts=2, frames=2), "convnet"),
     "bias_ratio": (BiasRatio(), "mlp"),
     "bn_update": (BatchNormUpdate(steps=3, restarts=2, frames=2), "resnet20"),
@@ -57,6 +61,7 @@ CONTRACT = {  # name -> (a small instance, a model that suits it)
     "cpl": (CPL(steps=2, max_iter=3, restarts=2, label=0.1, frames=2), "lenet"),
     "dlg": (DLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
     "fedleak": (FedLeak(steps=3, restarts=2, frames=2), "lenet"),
+    "fedavg_epochs": (FedAvgEpochs(steps=3, restarts=2, frames=2), "lenet"),
     "gradinversion": (GradInversion(steps=3, renew=1, group_start=0.0, restarts=2, frames=2), "convnet"),
     "idlg": (IDLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
     "inverting_gradients": (InvertingGradients(steps=3, restarts=2, frames=2), "convnet"),
@@ -66,6 +71,7 @@ CONTRACT = {  # name -> (a small instance, a model that suits it)
     "rconv": (RConv(), "lenet"),
     "robbing_the_fed": (RobbingTheFed(bins=8, surrogates=64), "lenet"),
     "sapag": (SAPAG(steps=3, restarts=2, tv=1e-3, frames=2), "lenet"),
+    "sme": (SME(steps=3, restarts=2, bend=0.01, frames=2), "lenet"),
 }
 FACTS = {  # field of the Observation -> the fact that grants it
     "client": "knows_training_details",
@@ -237,6 +243,13 @@ def test_a_withheld_need_is_answered_by_an_error(granted, rng, key, field):
 
 
 BAD_SETTINGS = [
+    (AGIC, {"last": 0.0}, "AGIC needs last, a finite number > 0, got 0.0"),
+    (FedAvgEpochs, {"copies": -1}, "FedAvgEpochs needs copies, a whole number >= 0, got -1"),
+    (FedAvgEpochs, {"invariance": -1.0}, "FedAvgEpochs needs invariance, a finite number >= 0"),
+    (FedAvgEpochs, {"factor": (0.0, 1.0)}, "FedAvgEpochs needs factor, two numbers > 0"),
+    (SME, {"alpha": 1.5}, "SME needs alpha, a share of the way from 0 to 1, got 1.5"),
+    (SME, {"lr_a": -0.1}, "SME needs lr_a, a finite number >= 0"),
+    (SME, {"bend": math.nan}, "SME needs bend, a finite number >= 0"),
     (COPA, {"iterations": 0}, "COPA needs iterations, a whole number >= 1, got 0"),
     (CPL, {"pattern": 0}, "CPL needs pattern, a whole number >= 1, got 0"),
     (CPL, {"label": -1.0}, "CPL needs label, a finite number >= 0, got -1.0"),

@@ -148,6 +148,24 @@ def test_local_steps_are_a_training_detail():
     assert "rank of the equations" in dict(report.untried)
 
 
+def test_local_steps_bring_their_attacks():
+    """SME for all of them, and copies of the epochs where these have several batches."""
+    whole = audit(own("conv"), SHAPE, steps=2, clients=1, batch_size=2, client=Client(steps=2, lr=0.1))
+    asks = [f.question for f in whole.findings]
+    assert any("(SME)" in q for q in asks) and not any("(copies of epochs)" in q for q in asks)
+    batches = Client(steps=4, lr=0.1, local_batch=1, shuffle=True)
+    told = audit(own("conv"), SHAPE, steps=2, clients=1, batch_size=2, client=batches).findings
+    copies = next(f for f in told if "(copies of epochs)" in f.question)
+    assert copies.answer != "not tried" and copies.attacker.endswith("the client's training details (C)")
+
+
+def test_local_steps_that_are_no_whole_epochs_are_simulated_without_copies():
+    client = Client(steps=3, lr=0.1, local_batch=1)
+    report = audit(own("conv"), SHAPE, steps=2, clients=1, batch_size=2, client=client)
+    assert "no whole number of epochs" in dict(report.untried)["copies of epochs on the simulated client 1"]
+    assert any("(Inverting Gradients)" in f.question for f in report.findings)
+
+
 def test_a_defense_is_of_the_clients_and_nobody_is_told():
     report = audit(own("dense"), SHAPE, steps=2, defense=DPSGD(clip=0.01, noise=5.0))
     assert asked(report)["Does a formula give the images"].answer == "not found"

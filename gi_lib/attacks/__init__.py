@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gi_lib.attacks.agic import AGIC
     from gi_lib.attacks.bayes import BayesOptimal
     from gi_lib.attacks.bias_ratio import BiasRatio
     from gi_lib.attacks.bn_update import BatchNormUpdate
     from gi_lib.attacks.copa import COPA
     from gi_lib.attacks.cpl import CPL
     from gi_lib.attacks.dlg import DLG
+    from gi_lib.attacks.fedavg_epochs import FedAvgEpochs
     from gi_lib.attacks.fedleak import FedLeak
     from gi_lib.attacks.gradinversion import GradInversion
     from gi_lib.attacks.idlg import IDLG
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from gi_lib.attacks.rgap import RGAP
     from gi_lib.attacks.robbing_the_fed import RobbingTheFed
     from gi_lib.attacks.sapag import SAPAG
+    from gi_lib.attacks.sme import SME
 
 
 class Registry(Mapping[str, Any]):
@@ -59,6 +62,7 @@ class Registry(Mapping[str, Any]):
 
 ATTACKS = Registry(
     {
+        "agic": "AGIC",
         "bayes": "BayesOptimal",
         "bias_ratio": "BiasRatio",
         "bn_update": "BatchNormUpdate",
@@ -66,6 +70,7 @@ ATTACKS = Registry(
         "cpl": "CPL",
         "dlg": "DLG",
         "fedleak": "FedLeak",
+        "fedavg_epochs": "FedAvgEpochs",
         "gradinversion": "GradInversion",
         "idlg": "IDLG",
         "inverting_gradients": "InvertingGradients",
@@ -75,10 +80,12 @@ ATTACKS = Registry(
         "rconv": "RConv",
         "robbing_the_fed": "RobbingTheFed",
         "sapag": "SAPAG",
+        "sme": "SME",
     }
 )
 
 __all__ = [
+    "AGIC",
     "ATTACKS",
     "COPA",
     "CPL",
@@ -86,9 +93,11 @@ __all__ = [
     "IDLG",
     "RGAP",
     "SAPAG",
+    "SME",
     "BatchNormUpdate",
     "BayesOptimal",
     "BiasRatio",
+    "FedAvgEpochs",
     "FedLeak",
     "GradInversion",
     "InvertingGradients",

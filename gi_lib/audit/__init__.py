@@ -27,8 +27,10 @@ from gi_lib.attacks import (
     DLG,
     IDLG,
     RGAP,
+    SME,
     BatchNormUpdate,
     BiasRatio,
+    FedAvgEpochs,
     GradInversion,
     InvertingGradients,
     RobbingTheFed,
@@ -668,7 +670,11 @@ def _malicious(case: _Case) -> list[Finding]:
 
 
 def _battery(obs: Observation) -> list["_Search"]:
-    """The searches that this model calls for, in an attacker's order: L-BFGS where it is smooth, then first order."""
+    """The searches that this model and client call for, in an attacker's order.
+
+    SME, whose step costs one gradient, where a client takes several local steps; L-BFGS where the model is smooth; then
+    first order, which simulates the steps.
+    """
     found = [_Search("Inverting Gradients", lambda n: InvertingGradients(steps=n), InvertingGradients.steps, USEFUL)]
     if not any(isinstance(layer, PIECEWISE_LINEAR) for layer in obs.model.modules()):
         one = obs.batch_size == 1
@@ -681,6 +687,11 @@ def _battery(obs: Observation) -> list["_Search"]:
                 USEFUL // DLG.max_iter,
             ),
         )
+    client: Any = obs.client
+    if getattr(client, "steps", 1) > 1:
+        found.insert(0, _Search("SME", lambda n: SME(steps=n), SME.steps, USEFUL))
+        if client.local_batch is not None and client.local_batch < (obs.batch_size or 1):
+            found.append(_Search("copies of epochs", lambda n: FedAvgEpochs(steps=n), FedAvgEpochs.steps, USEFUL))
     if batch_norms(obs.model):
         found.append(
             _Search("GradInversion", lambda n: GradInversion(steps=n, restarts=2), GradInversion.steps, USEFUL)

@@ -229,6 +229,7 @@ MODELS = {
     "lenet_normalised": Architecture(networks.lenet, uniform_half, normalised=True),
     "lenet_default": Architecture(networks.lenet, torch_default, normalised=False),
     "lenet5": Architecture(networks.lenet5, torch_default, normalised=False),
+    "cnn2": Architecture(networks.cnn2, torch_default, normalised=True),
     "squeezenet": Architecture(networks.squeezenet, he_fan_out, normalised=True),
 }
 

@@ -73,6 +73,25 @@ def cnn6_relu_wide(num_classes: int, image_shape: Shape) -> nn.Module:
     return cnn6(num_classes, image_shape, nn.ReLU(), (24, 96))
 
 
+def cnn2(num_classes: int, image_shape: Shape) -> nn.Module:
+    """SME's CNN: two 3x3 convolutions with ReLU, each with a mean over 2x2 pixels, and two dense layers; 32 and 64
+    channels and 100 units for one channel, twice as many for colour."""
+    c, h, w = image_shape
+    wide = 1 if c == 1 else 2
+    return nn.Sequential(
+        nn.Conv2d(c, 32 * wide, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(32 * wide, 64 * wide, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * wide * (h // 4) * (w // 4), 100 * wide),
+        nn.ReLU(),
+        nn.Linear(100 * wide, num_classes),
+    )
+
+
 def vgg11(num_classes: int, image_shape: Shape) -> nn.Module:
     """torchvision's VGG-11; up to 64 px its pools round sizes up and one dense layer takes the place of three."""
     from torchvision.models import vgg11  # slow to import
