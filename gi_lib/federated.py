@@ -687,6 +687,15 @@ def _statistics(copy: Classifier, wrapped: bool, given: Statistics) -> Statistic
     if found.keys() != norms.keys():
         raise ValueError(f"bn_stats are of {sorted(given)}, and the batch norms of the model are {sorted(norms)}")
     device = next(copy.parameters())
+    for name, pair in found.items():
+        own = [v.shape for v in (norms[name].running_mean, norms[name].weight) if v is not None]
+        shapes = [tuple(v.shape) for v in pair]
+        if len(pair) != 2 or len({*shapes, *map(tuple, own[:1])}) != 1 or not all(v.isfinite().all() for v in pair):
+            channels = own[0].numel() if own else "C"
+            raise ValueError(
+                f"bn_stats of {name!r} must be a mean and a variance [{channels}] of finite numbers, one a channel, got"
+                f" {' and '.join(str(list(shape)) for shape in shapes)}; they come from another model, or are damaged"
+            )
     return {name: (mean.to(device), var.to(device)) for name, (mean, var) in found.items()}
 
 

@@ -1,7 +1,7 @@
 """What natural images look like: R(x), a scalar for one guess x [B, C, H, W]."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -62,12 +62,21 @@ def l2(x: Images) -> Scalar:
     return x.square().mean()
 
 
-def statistics_distance(model: Classifier, x: Images, target: Statistics | None) -> Scalar:
-    """sum_l |mu_l(x) - mu_l|_2 + |var_l(x) - var_l|_2 over the inputs of the batch norms (Yin et al., CVPR 2021)."""
+def statistics_distance(model: Classifier, x: Images, target: Statistics | None, first: Sequence[float] = ()) -> Scalar:
+    """sum_l |mu_l(x) - mu_l|_2 + |var_l(x) - var_l|_2 over the inputs of the batch norms (Yin et al., CVPR 2021).
+
+    Args:
+        first: weights of the first layers; those of all others are 1.
+    """
     assert target is not None
     found = bn_statistics(model, x)
-    apart = [a - b for name, goal in target.items() for a, b in zip(found[name], goal, strict=True)]
-    return torch.stack([norm(d) for d in apart]).sum()
+    weights = itertools.chain(first, itertools.repeat(1.0))
+    apart = [
+        weight * norm(mine - theirs)
+        for (name, goal), weight in zip(target.items(), weights, strict=False)
+        for mine, theirs in zip(found[name], goal, strict=True)
+    ]
+    return torch.stack(apart).sum()
 
 
 def label_distance(model: Classifier, x: Images, y: Labels) -> Scalar:
