@@ -1,11 +1,12 @@
 """Batch statistics and many seeds: GradInversion term by term, E2EGI and HF-GradInv, on batches of CIFAR-10.
 
 The public ResNet-20, trained, in train mode, as a client's is: it normalises by the batch's own statistics. Labels are
-known, and no label is twice in a batch. The weight of the total variation, which is second hand and a mean here, was
-chosen on one batch of the train split, of 0.0001, 0.03 and 0.1. GradInversion with one term more at a time, at 500 steps of four seeds, whose
+known, and no label is twice in a batch. GradInversion with one term more at a time, at 500 steps of four seeds, whose
 evaluations all count: the gradient alone, with total variation and norm, with the true statistics, with the pull to
 the plain mean of the seeds, and to the registered mean. Beside them what is left where the statistics are withheld.
-E2EGI from four seeds, with its combination and with the best seed in its place. Batches of four, then of eight.
+The weight of its total variation, which is second hand and a mean here, was chosen on one batch of the train split, of
+0.0001, 0.03 and 0.1. E2EGI from four seeds, with its combination and with the best seed in its place. Batches of four,
+then of eight.
 
 HF-GradInv at 1,000 steps of its one start, with the true statistics and with the running ones, beside GradInversion at
 as many evaluations; and all three on one batch of the untrained ResNet-18.
