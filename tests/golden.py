@@ -43,11 +43,13 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     "dlg": ({"steps": 5, "max_iter": 2, "restarts": 2}, "lenet", {}),
     "fedleak": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "fedavg_epochs": ({"steps": 5, "restarts": 2}, "lenet", {}),
+    "e2egi": ({"steps": 6, "restarts": 2, "blocks": 2}, "resnet20", {"knows_bn_stats": True}),
     "gradinversion": (
         {"steps": 5, "restarts": 2, "renew": 1, "group_start": 0.0},
         "resnet20",
         {"knows_bn_stats": True},
     ),
+    "hf_gradinv": ({"steps": 5, "tv_start": 0.2, "bn_start": 0.4}, "resnet20", {}),
     "idlg": ({"steps": 5, "max_iter": 2, "restarts": 2}, "lenet", {}),
     "inverting_gradients": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "rgap": ({}, "cnn6", {}),

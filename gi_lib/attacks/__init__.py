@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from gi_lib.attacks.copa import COPA
     from gi_lib.attacks.cpl import CPL
     from gi_lib.attacks.dlg import DLG
+    from gi_lib.attacks.e2egi import E2EGI
     from gi_lib.attacks.fedavg_epochs import FedAvgEpochs
     from gi_lib.attacks.fedleak import FedLeak
     from gi_lib.attacks.gradinversion import GradInversion
+    from gi_lib.attacks.hf_gradinv import HFGradInv
     from gi_lib.attacks.idlg import IDLG
     from gi_lib.attacks.inverting_gradients import InvertingGradients
     from gi_lib.attacks.multiscale import Multiscale
@@ -71,7 +73,9 @@ ATTACKS = Registry(
         "dlg": "DLG",
         "fedleak": "FedLeak",
         "fedavg_epochs": "FedAvgEpochs",
+        "e2egi": "E2EGI",
         "gradinversion": "GradInversion",
+        "hf_gradinv": "HFGradInv",
         "idlg": "IDLG",
         "inverting_gradients": "InvertingGradients",
         "rgap": "RGAP",
@@ -90,6 +94,7 @@ __all__ = [
     "COPA",
     "CPL",
     "DLG",
+    "E2EGI",
     "IDLG",
     "RGAP",
     "SAPAG",
@@ -100,6 +105,7 @@ __all__ = [
     "FedAvgEpochs",
     "FedLeak",
     "GradInversion",
+    "HFGradInv",
     "InvertingGradients",
     "Multiscale",
     "PracticalRecipe",
