@@ -490,6 +490,13 @@ def bn_statistics(model: nn.Module, images: Tensor) -> Statistics:
     return {names[id(layer)]: batch_statistics(x) for layer, x in seen if id(layer) in names}
 
 
+def running_statistics(model: nn.Module) -> Statistics:
+    """The running mean and variance of each batch norm that keeps them, which come with the model."""
+    norms = batch_norms(model).items()
+    kept = {name: (layer.running_mean, layer.running_var) for name, layer in norms}
+    return {name: (mean, var) for name, (mean, var) in kept.items() if mean is not None and var is not None}
+
+
 def input_of(model: nn.Module, weight: str, images: Tensor) -> Tensor:
     """What the layer with a weight of this name is given [B, ...], differentiable in the images.
 

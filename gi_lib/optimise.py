@@ -222,11 +222,16 @@ def minimise(
 
 
 def _joined(first: Minimum, then: Minimum) -> Minimum:
-    """Two stages as one run."""
+    """Two stages as one run; a stage with fewer rows than the other has infinite losses in their place."""
+    rows = max(first.trace.shape[1], then.trace.shape[1])
+
+    def wide(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values, (0, rows - values.shape[-1]), value=torch.inf)
+
     return Minimum(
         variables=then.variables,
-        trace=torch.cat([first.trace, then.trace]),
-        losses=then.losses,
+        trace=torch.cat([wide(first.trace), wide(then.trace)]),
+        losses=wide(then.losses),
         frames=first.frames + then.frames,
         frame_steps=first.frame_steps + [len(first.trace) + k for k in then.frame_steps],
         frame_evaluations=first.frame_evaluations + [first.evaluations + n for n in then.frame_evaluations],
@@ -249,6 +254,7 @@ def adam(
     cosine: bool = False,
     warm_up: int = 0,
     decay: float = 0.0,
+    part: tuple[float, float] = (0.0, 1.0),
 ) -> Optimiser:
     """Adam (Kingma, Ba, ICLR 2015, algorithm 1), element by element, so that stacked rows stay independent.
 
@@ -262,6 +268,7 @@ def adam(
         cosine: whether lr falls to 0 by `cosine_decay`.
         warm_up: steps over which lr rises to its value.
         decay: each step first multiplies the variables by 1 - lr decay: AdamW (Loshchilov, Hutter, ICLR 2019).
+        part: which shares of the schedule these steps run between, where it goes on over several stages.
     """
 
     beta1, beta2, eps = 0.9, 0.999, 1e-8
@@ -271,14 +278,15 @@ def adam(
         # lr_k m / (1 - beta1^k) / (sqrt(v / (1 - beta2^k)) + eps) = m / (offset + scale sqrt(v)), on the device
         offset, scale, kept = (torch.empty((), dtype=variables[0].dtype, device=variables[0].device) for _ in range(3))
         failed = torch.zeros(len(variables[0]), dtype=variables[0].dtype, device=variables[0].device)
-        cuts = [int(steps * d) for d in drops]
+        first, last = part
+        cuts = [int(steps * (d - first) / (last - first)) for d in drops]
         k = 0
 
         def prepare() -> None:
             nonlocal k
             rate = lr * 0.1 ** sum(k >= cut for cut in cuts) / (1 - beta1 ** (k + 1))
             if cosine:
-                rate *= max(1e-6, cosine_decay(k / steps))
+                rate *= max(1e-6, cosine_decay(first + (last - first) * k / steps))
             rate *= min(1, (k + 1) / (warm_up + 1))
             kept.fill_(1 - rate * (1 - beta1 ** (k + 1)) * decay)
             offset.fill_(eps / rate)

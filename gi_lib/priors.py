@@ -1,7 +1,7 @@
 """What natural images look like: R(x), a scalar for one guess x [B, C, H, W]."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -62,16 +62,25 @@ def l2(x: Images) -> Scalar:
     return x.square().mean()
 
 
-def statistics_distance(model: Classifier, x: Images, target: Statistics | None) -> Scalar:
-    """sum_l |mu_l(x) - mu_l|_2 + |var_l(x) - var_l|_2 over the inputs of the batch norms (Yin et al., CVPR 2021)."""
+def statistics_distance(model: Classifier, x: Images, target: Statistics | None, first: Sequence[float] = ()) -> Scalar:
+    """sum_l |mu_l(x) - mu_l|_2 + |var_l(x) - var_l|_2 over the inputs of the batch norms (Yin et al., CVPR 2021).
+
+    Args:
+        first: weights of the first layers; those of all others are 1.
+    """
     assert target is not None
-    return statistics_gap(bn_statistics(model, x), target)
+    return statistics_gap(bn_statistics(model, x), target, first)
 
 
-def statistics_gap(found: Statistics, goal: Statistics) -> Scalar:
-    """sum_l |mu_l - mu*_l|_2 + |var_l - var*_l|_2 over the layers of the goal."""
-    apart = [a - b for name, pair in goal.items() for a, b in zip(found[name], pair, strict=True)]
-    return torch.stack([norm(d) for d in apart]).sum()
+def statistics_gap(found: Statistics, goal: Statistics, first: Sequence[float] = ()) -> Scalar:
+    """The same of statistics that were found, over the layers of the goal."""
+    weights = itertools.chain(first, itertools.repeat(1.0))
+    apart = [
+        weight * norm(mine - theirs)
+        for (name, pair), weight in zip(goal.items(), weights, strict=False)
+        for mine, theirs in zip(found[name], pair, strict=True)
+    ]
+    return torch.stack(apart).sum()
 
 
 def label_distance(model: Classifier, x: Images, y: Labels) -> Scalar:

@@ -91,8 +91,8 @@ def _frames(found: Minimum, row: int, best: bool) -> Tensor:
     """Of each snapshot the row whose loss was the smallest then: what the attack would have returned."""
     losses = found.trace.nan_to_num(torch.inf)
     losses = losses.cummin(0).values if best else losses
-    rows = [int(losses[k].argmin()) if k < len(losses) else row for k in found.frame_steps]
-    return torch.stack([frame[r] for frame, r in zip(found.frames, rows, strict=True)])
+    each = zip(found.frame_steps, found.frames, strict=True)  # a later stage may have fewer rows
+    return torch.stack([frame[int(losses[k, : len(frame)].argmin()) if k < len(losses) else row] for k, frame in each])
 
 
 def gaussian(obs: Observation, *shape: int) -> Start:

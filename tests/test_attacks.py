@@ -25,6 +25,7 @@ from gi_lib.attacks import (
     COPA,
     CPL,
     DLG,
+    E2EGI,
     IDLG,
     RGAP,
     SAPAG,
@@ -33,20 +34,24 @@ from gi_lib.attacks import (
     BiasRatio,
     FedLeak,
     GradInversion,
+    HFGradInv,
     InvertingGradients,
     Multiscale,
     PracticalRecipe,
     RConv,
     RobbingTheFed,
 )
-from gi_lib.attacks.gradinversion import registered_mean
+from gi_lib.attacks.e2egi import best_seed, minimum_loss
+from gi_lib.attacks.gradinversion import change_places, plain_mean, registered_mean
+from gi_lib.attacks.hf_gradinv import quantised
 from gi_lib.attacks.multiscale import enlarge, focus
 from gi_lib.attacks.practical_recipe import features_of
+from gi_lib.copies import running_statistics
 from gi_lib.defenses import GaussianNoise
 from gi_lib.matching import cosine, gaussian_kernel
 from gi_lib.optimise import hard_sign, minimise
-from gi_lib.priors import feature_distance, isotropic_total_variation
-from gi_lib.search import gaussian, patterned
+from gi_lib.priors import feature_distance, isotropic_total_variation, statistics_distance
+from gi_lib.search import gaussian, patterned, search
 from gi_lib.types import Needs
 
 CONTRACT = {  # name -> (a small instance, a model that suits it)
@@ -56,8 +61,10 @@ CONTRACT = {  # name -> (a small instance, a model that suits it)
     "copa": (COPA(iterations=3), "cnn6"),
     "cpl": (CPL(steps=2, max_iter=3, restarts=2, label=0.1, frames=2), "lenet"),
     "dlg": (DLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
+    "e2egi": (E2EGI(steps=4, blocks=1, restarts=2, frames=2), "convnet"),
     "fedleak": (FedLeak(steps=3, restarts=2, frames=2), "lenet"),
     "gradinversion": (GradInversion(steps=3, renew=1, group_start=0.0, restarts=2, frames=2), "convnet"),
+    "hf_gradinv": (HFGradInv(steps=3, restarts=2, frames=2), "convnet"),
     "idlg": (IDLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
     "inverting_gradients": (InvertingGradients(steps=3, restarts=2, frames=2), "convnet"),
     "rgap": (RGAP(), "cnn6"),
@@ -252,6 +259,8 @@ BAD_SETTINGS = [
     (InvertingGradients, {"tv": -1e-3}, "InvertingGradients needs tv"),
     (InvertingGradients, {"lr": math.inf}, "InvertingGradients needs lr, a finite number > 0, got inf"),
     (InvertingGradients, {"steps": -5}, "InvertingGradients needs steps"),
+    (E2EGI, {"steps": 1}, "E2EGI needs steps, a whole number >= 2, got 1"),
+    (E2EGI, {"alone": 0.6, "together": 0.4}, r"E2EGI needs alone \+ together < 1, since the last phase"),
     (BatchNormUpdate, {"bn": -1.0}, "BatchNormUpdate needs bn, a finite number >= 0"),
     (BatchNormUpdate, {"steps": 0}, "BatchNormUpdate needs steps"),
     (FedLeak, {"fraction": 0.0}, "FedLeak needs fraction, a finite number > 0, got 0.0"),
@@ -260,6 +269,9 @@ BAD_SETTINGS = [
     (FedLeak, {"rho": 0.0}, "FedLeak needs rho"),
     (GradInversion, {"renew": 0}, "GradInversion needs renew"),
     (GradInversion, {"bn": math.nan}, "GradInversion needs bn"),
+    (HFGradInv, {"keep": 1.5}, "HFGradInv needs keep <= 1 and deep <= shallow < 1"),
+    (HFGradInv, {"deep": 0.5, "shallow": 0.4}, "HFGradInv needs keep <= 1 and deep <= shallow < 1"),
+    (HFGradInv, {"tv_start": -0.1}, "HFGradInv needs tv_start"),
     (Multiscale, {"stages": 0}, "Multiscale needs stages, a whole number >= 1, got 0"),
     (Multiscale, {"stages": 7, "steps": 6}, "Multiscale needs steps, a whole number >= 7, got 6"),
     (PracticalRecipe, {"patch": 0}, "PracticalRecipe needs patch, a whole number >= 1, got 0"),
@@ -475,21 +487,190 @@ def test_a_closed_form_says_where_it_does_not_hold(rng):
 
 
 def test_a_consensus_registers_what_is_shifted(rng):
-    """Seeds that hold one picture, each shifted, agree after registration, and with repeated labels after matching."""
+    """Seeds that hold one picture, each shifted, agree after registration; one that is too far off stays in place."""
     picture = torch.nn.functional.interpolate(torch.rand(3, 3, 6, 6, generator=rng), size=(32, 32), mode="bicubic")
     shifts = [(0, 0), (2, -3), (-1, 1), (1, 2), (-2, 0)]
     seeds = torch.stack([picture.roll(shift, (2, 3)) for shift in shifts])
-    E = registered_mean(seeds, torch.tensor([0, 1, 2]))
+    E = registered_mean(seeds)
     aligned = [E.roll((a, b), (2, 3)) for a in range(-4, 5) for b in range(-4, 5)]
     assert min((e - picture).abs().max().item() for e in aligned) < 1e-5
     assert (seeds.mean(0) - picture).abs().max() > 0.1
-    swapped = torch.stack([picture, picture[[1, 0, 2]]])
-    torch.testing.assert_close(registered_mean(swapped, torch.tensor([1, 1, 2])), picture)
+    far = torch.stack([picture, picture, picture.roll(9, 3)])
+    torch.testing.assert_close(registered_mean(far), plain_mean(far))
+
+
+def test_slots_of_one_label_change_places_with_their_memory(rng):
+    images = torch.rand(3, 1, 4, 4, generator=rng)
+    swapped = torch.stack([images, images[[1, 0, 2]]])
+    memory = {"m": [10 * swapped], "v": [swapped.square()]}
+    change_places(swapped, torch.tensor([1, 1, 2]), memory)
+    assert torch.equal(swapped[1], images)
+    assert torch.equal(memory["m"][0][1], 10 * images) and torch.equal(memory["v"][0][1], images.square())
+    crossed = torch.stack([images, images[[2, 1, 0]]])
+    change_places(crossed, torch.tensor([1, 1, 2]), {})
+    assert torch.equal(crossed[1][2], images[0]), "slots of different labels"
+
+
+def test_gradinversion_reads_distinct_labels_by_the_column_minimum(client, rng):
+    obs, batch = client("resnet20", 3, (3, 8, 8), num_classes=6)
+    attack = GradInversion(steps=1, restarts=1, bn=0.0)
+    assert attack(obs, rng).labels.tolist() == labels.column_min(obs).tolist() == batch.labels.tolist()
+    known = dataclasses.replace(obs, labels=torch.tensor([4, 4, 5]))
+    assert attack(known, rng).labels.tolist() == [4, 4, 5]
+    many, _ = client("resnet20", 5, (3, 8, 8), num_classes=3)
+    with pytest.raises(NotApplicableError, match="GradInversion does not apply: column_min finds no repeats.*infer"):
+        attack(many, rng)
+
+
+def test_a_seed_that_is_lost_does_not_spoil_the_consensus(client, rng):
+    """The other seeds end where they end without it."""
+    obs, _ = client("resnet20", 2, (3, 8, 8), knows_bn_stats=True)
+    seeds = []
+
+    def watched(x):
+        seeds.append(len(x))
+        return plain_mean(x)
+
+    attack = GradInversion(steps=3, renew=1, group_start=0.0, restarts=3, consensus=watched)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gi_lib.attacks.gradinversion.gaussian", lambda obs: spoiled(gaussian(obs)))
+        rec = attack(obs, rng)
+    assert seeds == [2, 2, 2] and rec.losses.isfinite().tolist() == [False, True, True]
+
+
+def spoiled(start):
+    def begin(rows, rng):
+        z = start(rows, rng)
+        z[0] = torch.nan
+        return z
+
+    return begin
+
+
+WITHOUT = [GradInversion(steps=2, restarts=2, bn=0.0), E2EGI(steps=2, restarts=2, bn=0.0), HFGradInv(steps=2, bn=0.0)]
+
+
+@pytest.mark.parametrize("attack", WITHOUT, ids=lambda attack: type(attack).__name__)
+def test_without_their_term_nothing_of_batch_norm_is_needed(attack, client, rng):
+    obs, _ = client("lenet", 2, (3, 8, 8))
+    assert attack(obs, rng).images.shape == (2, 3, 8, 8)
+    with pytest.raises(NotApplicableError, match="has no batch norm, whose statistics are matched; set bn=0|withholds"):
+        dataclasses.replace(attack, bn=0.1)(obs, rng)
+
+
+def distance_of(tensors):
+    """To the nearest of them, of one batch [B, ...]."""
+    return lambda z: min((z - t).square().sum() for t in tensors)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_combined_loss_never_exceeds_the_best_seeds(seed):
+    """With any loss of a batch, slots that interact included; and the control is the best seed itself."""
+    rng = torch.Generator().manual_seed(seed)
+    x, goal = (torch.rand(n, 3, 1, 4, 4, generator=rng) for n in (4, 2))
+    loss = distance_of(goal)
+    best, combined = best_seed(x, loss), minimum_loss(x, loss)
+    own = torch.stack([loss(batch) for batch in x])
+    assert best.loss == own.min() and torch.equal(best.x, x[own.argmin()]) and torch.equal(best.losses, own)
+    assert combined.loss <= best.loss and combined.loss == loss(combined.x).item()
+    slots = [any(torch.equal(image, other) for other in x[:, i]) for i, image in enumerate(combined.x)]
+    assert all(slots) and 4 + 3 * 3 <= combined.evaluations <= 4 + 3 * 4
+
+
+def test_a_combination_takes_each_image_from_the_seed_that_has_it(rng):
+    truth = torch.rand(3, 1, 4, 4, generator=rng)
+    x = torch.rand(3, 3, 1, 4, 4, generator=rng)
+    for s, i in ((2, 0), (0, 1), (1, 2)):
+        x[s, i] = truth[i]
+    found = minimum_loss(x, distance_of([truth]))
+    assert torch.equal(found.x, truth) and found.loss == 0
+    x[1] = torch.nan  # a seed that is lost gives nothing, and does no harm
+    found = minimum_loss(x, distance_of([truth]))
+    assert torch.equal(found.x[:2], truth[:2]) and math.isfinite(found.loss)
+
+
+def test_e2egi_ends_from_the_last_combination_of_its_seeds(client, monkeypatch):
+    obs, _ = client("resnet20", 2, (3, 8, 8), knows_bn_stats=True, knows_labels=True)
+    made, starts = [], []
+
+    def watched(x, match):
+        made.append(minimum_loss(x, match))
+        return made[-1]
+
+    def last(obs, rng, **settings):
+        starts.append(settings["start"].variables[0])
+        return search(obs, rng, **settings)
+
+    monkeypatch.setattr("gi_lib.attacks.e2egi.search", last)
+    attack = E2EGI(steps=20, blocks=3, restarts=3, combine=watched)
+    rec = attack(obs, torch.Generator().manual_seed(0))
+    assert len(made) == 4 and torch.equal(starts[0][0], made[-1].x)
+    assert torch.equal(rec.losses, made[-1].losses)
+    assert rec.notes == {"combined": made[-1].loss, "best_seed": rec.losses.min().item()}
+    assert rec.notes["combined"] <= rec.notes["best_seed"]
+    assert rec.trace[:12].isfinite().all() and rec.trace[12:, 1:].isinf().all() and rec.trace[12:, 0].isfinite().all()
+    assert rec.gradient_evaluations == 12 * 3 + 3 + 8 + 2 + sum(one.evaluations for one in made)
+
+
+def test_hf_gradinv_begins_with_the_deepest_parameters_and_lets_more_in(client, monkeypatch):
+    attack = HFGradInv(steps=15_000)
+    assert [attack.left_out(k, 110) for k in (0, 499, 500, 3999, 4000, 14_999)] == [100, 100, 90, 34, 25, 25]
+    obs, _ = client("resnet20", 2, (3, 8, 8))
+    seen = []
+
+    def watched(mine, theirs):
+        if any((g == 0).any() for g in theirs.values()):
+            seen.append(theirs)
+        return cosine(mine, theirs)
+
+    monkeypatch.setattr("gi_lib.attacks.hf_gradinv.cosine", watched)
+    HFGradInv(steps=4, growths=2, grown=0.5)(obs, torch.Generator().manual_seed(0))
+    names = list(obs.gradient)
+    there = [[name for name in names if bool(theirs[name].any())] for theirs in seen]
+    left_out = [int(share * len(names)) for share in (100 / 110, 62.5 / 110, 25 / 110, 25 / 110)]
+    assert there[:4] == [names[n:] for n in left_out]
+    kept = [theirs[names[-2]] != 0 for theirs in seen[:4]]
+    assert all(0.5 < some.double().mean() < 0.9 for some in kept)
+    assert not torch.equal(kept[0], kept[1]), "the mask is drawn anew"
+
+
+def test_hf_gradinv_takes_the_running_statistics_where_the_batchs_are_withheld(client, monkeypatch):
+    taken = []
+
+    def watched(model, x, target, first):
+        taken.append((target, first))
+        return statistics_distance(model, x, target, first)
+
+    monkeypatch.setattr("gi_lib.attacks.hf_gradinv.statistics_distance", watched)
+    for known in (True, False):
+        obs, _ = client("resnet20", 2, (3, 8, 8), knows_bn_stats=known)
+        HFGradInv(steps=1)(obs, torch.Generator().manual_seed(0))
+        target, first = taken[-1]
+        expected = obs.bn_stats if known else running_statistics(obs.model)
+        torch.testing.assert_close(target, expected)
+        assert first == (1.3, 3.0)
+    for module in obs.model.modules():
+        if hasattr(module, "running_mean"):
+            module.running_mean = module.running_var = None
+    with pytest.raises(NotApplicableError, match="the model keeps no running ones; set bn=0"):
+        HFGradInv(steps=1)(obs, torch.Generator())
+
+
+def test_quantised_steps_are_of_the_gradients_own_size():
+    v = torch.tensor([[0.01, -0.02, 0.04, -0.08, 0.0], [1.0, -2.0, 4.0, -8.0, 0.0]])
+    expected = torch.tensor([0.5, -1.0, 1.0, -1.0, 0.0])  # steps of half a median, at most one
+    late, early = (quantised(v, torch.tensor(now)) for now in (0.5, 0.0))
+    torch.testing.assert_close(late, (0.8 * expected + 0.2 * expected.sign()).expand(2, 5))
+    torch.testing.assert_close(early, 2 * late)
+    torch.testing.assert_close(
+        quantised(torch.tensor([[0.0, 0.0, 0.0, 3.0, -1e-9]]), torch.tensor(0.5)),
+        torch.tensor([[0.0, 0.0, 0.0, 1.0, -1.0]]),
+    )
 
 
 def test_gradinversion_is_pulled_to_its_consensus(monkeypatch):
     """With the group term alone, the seeds end near each other."""
-    shape, ends = (3, 12, 12), []
+    shape, ends = (3, 8, 8), []
     model = models.build("resnet20", num_classes=4, image_shape=shape).double()
     batch = Batch(torch.rand(2, *shape, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1]))
     obs = observe(model, batch, threat=ThreatModel(knows_bn_stats=True), rng=torch.Generator())
@@ -501,7 +682,7 @@ def test_gradinversion_is_pulled_to_its_consensus(monkeypatch):
     monkeypatch.setattr("gi_lib.search.minimise", kept)
     alone = {"gradient": 0.0, "tv": 0.0, "l2": 0.0, "bn": 0.0, "group_start": 0.0, "renew": 5, "warm_up": 0}
     for group in (0.0, 1.0):
-        GradInversion(steps=30, restarts=3, group=group, **alone)(obs, torch.Generator().manual_seed(0))
+        GradInversion(steps=20, restarts=2, group=group, **alone)(obs, torch.Generator().manual_seed(0))
     free, pulled = (end.variables[0].std(0).mean() for end in ends)
     assert pulled < 0.3 * free
 

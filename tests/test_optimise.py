@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from gi_lib import optimise
-from gi_lib.optimise import adam, cosine_decay, hard_sign, lbfgs, minimise, soft_sign, squashed
+from gi_lib.optimise import Minimum, adam, cosine_decay, hard_sign, lbfgs, minimise, soft_sign, squashed
 from gi_lib.search import best_of, generators
 
 RNG = torch.Generator().manual_seed(3)
@@ -253,6 +253,31 @@ def test_a_run_whose_rows_have_all_failed_ends_early():
     assert len(found.trace) == 100 and found.losses.isnan().all()
     with pytest.raises(FloatingPointError, match="no restart ended with a finite loss"):
         best_of(found.losses)
+
+
+def test_a_stage_with_fewer_rows_has_infinite_losses_in_the_others_place():
+    first = minimise(convex, [START], optimiser=adam(0.1), steps=3)
+    then = minimise(convex, Minimum([START[:1]], first.trace, first.losses), optimiser=adam(0.1), steps=2)
+    assert then.trace.shape == (5, len(START)) and then.trace[:3].isfinite().all()
+    assert then.trace[3:, 0].isfinite().all() and then.trace[3:, 1:].isinf().all()
+    assert then.losses[0].isfinite() and then.losses[1:].isinf().all() and len(then.variables[0]) == 1
+
+
+@pytest.mark.parametrize("schedule", [{"cosine": True}, {"drops": (0.25, 0.5, 0.75)}], ids=str)
+def test_a_schedule_goes_on_over_stages(schedule):
+    """Of a constant gradient Adam takes steps of the rate itself, with any memory of it."""
+    rates = []
+    for part, steps in (((0.0, 1.0), 8), ((0.0, 0.5), 4), ((0.5, 1.0), 4)):
+        path = []
+        minimise(
+            lambda x: x.sum(),
+            [torch.zeros(1, 1, dtype=torch.float64)],
+            optimiser=adam(0.1, part=part, **schedule),
+            steps=steps,
+            each=lambda k, variables, memory, path=path: path.append(variables[0].item()),
+        )
+        rates.append(torch.tensor([0.0, *path]).diff())
+    torch.testing.assert_close(rates[0], torch.cat(rates[1:]), rtol=1e-4, atol=1e-6)
 
 
 def test_cosine_decay_with_a_warm_up_is_torchs_on_a_lambda():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gi_lib import Batch, labels, models, observe
-from gi_lib.copies import bn_statistics, input_of
+from gi_lib.copies import batch_norms, bn_statistics, input_of, running_statistics
 from gi_lib.matching import cosine, cosine_on_support, gaussian_kernel, l1, layer_l2, norm, squared_l2
 from gi_lib.parametrisations import Pixels, TanhBox
 from gi_lib.priors import (
@@ -183,6 +183,19 @@ def test_the_statistics_distance_is_zero_at_the_batch_and_has_its_derivative(cli
         (a - b).square().sum().sqrt() for name in found for a, b in zip(found[name], obs.bn_stats[name], strict=True)
     )
     torch.testing.assert_close(statistics_distance(obs.model, x, obs.bn_stats), by_hand)
+    only = dict(list(obs.bn_stats.items())[:1])
+    weighted = statistics_distance(obs.model, x, obs.bn_stats, (3.0,))
+    torch.testing.assert_close(weighted, by_hand + 2 * statistics_distance(obs.model, x, only))
+
+
+def test_running_statistics_are_those_that_come_with_the_model(client):
+    obs, _ = client("convnet", 2, (3, 12, 12))
+    kept = running_statistics(obs.model)
+    assert kept.keys() == batch_norms(obs.model).keys()
+    mean, var = kept["net.1"]
+    assert torch.equal(mean, torch.zeros_like(mean)) and torch.equal(var, torch.ones_like(var))
+    obs.model.get_submodule("net.1").running_var = None
+    assert "net.1" not in running_statistics(obs.model)
 
 
 def test_the_label_distance_against_loops(client):

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from gi_lib.attacks.copa import COPA
     from gi_lib.attacks.cpl import CPL
     from gi_lib.attacks.dlg import DLG
+    from gi_lib.attacks.e2egi import E2EGI
     from gi_lib.attacks.fedleak import FedLeak
     from gi_lib.attacks.gradinversion import GradInversion
+    from gi_lib.attacks.hf_gradinv import HFGradInv
     from gi_lib.attacks.idlg import IDLG
     from gi_lib.attacks.inverting_gradients import InvertingGradients
     from gi_lib.attacks.multiscale import Multiscale
@@ -65,8 +67,10 @@ ATTACKS = Registry(
         "copa": "COPA",
         "cpl": "CPL",
         "dlg": "DLG",
+        "e2egi": "E2EGI",
         "fedleak": "FedLeak",
         "gradinversion": "GradInversion",
+        "hf_gradinv": "HFGradInv",
         "idlg": "IDLG",
         "inverting_gradients": "InvertingGradients",
         "rgap": "RGAP",
@@ -83,6 +87,7 @@ __all__ = [
     "COPA",
     "CPL",
     "DLG",
+    "E2EGI",
     "IDLG",
     "RGAP",
     "SAPAG",
@@ -91,6 +96,7 @@ __all__ = [
     "BiasRatio",
     "FedLeak",
     "GradInversion",
+    "HFGradInv",
     "InvertingGradients",
     "Multiscale",
     "PracticalRecipe",

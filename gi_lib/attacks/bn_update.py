@@ -47,6 +47,7 @@ from gi_lib.copies import (
     drawing,
     forward,
     inputs_of_batch_norms,
+    running_statistics,
 )
 from gi_lib.matching import Distance, layer_l2, norm
 from gi_lib.optimise import adam
@@ -90,11 +91,7 @@ class Running:
     needs: ClassVar[Needs] = Needs(model=(normalises_batches,))
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Goal:
-        goal: Statistics = {}
-        for name, layer in batch_norms(obs.model).items():
-            if layer.running_mean is not None and layer.running_var is not None:
-                goal[name] = layer.running_mean, layer.running_var
-        if not goal:
+        if not (goal := running_statistics(obs.model)):
             raise NotApplicableError(
                 "the model's batch norms keep no running statistics; use another target"
             )

@@ -9,25 +9,33 @@ From S seeds at once, each a whole batch x_s with labels read off the last layer
                      + a_group |x_s - E|_2
 
 by Adam with cosine decay, and noise gamma_k a_n N(0, 1) after each step. mu_l and var_l
-are the batch-norm statistics of the private batch. E is the consensus: the mean over
-the seeds of their images, each first registered to the plain mean. It is renewed every
-`renew` steps, and does not depend on x_s in between.
+are the batch-norm statistics of the private batch, which the threat model must grant
+unless `bn` is 0. E is the consensus: the mean over the seeds of their images, each
+first registered to the plain mean. It is renewed every `renew` steps, and does not
+depend on x_s in between. `consensus=plain_mean` is the paper's "lazy" one.
+
+The labels are those that are known, or the paper's: the B classes whose row of the last
+layer's weight gradient has the smallest minimum, which sees no repeats.
+`label_rule=labels.infer` counts them.
 
 Departs from the paper, whose code is not public, so that weights and schedule are
-second hand. An image is registered by the shift within an eighth of its side that
-correlates best in brightness (phase correlation), not by RANSAC-flow. Where labels
-repeat, the slots of a seed that share one are first matched to the first seed's by
-least squares. Labels are counted (labels.infer); the paper's own rule, which sees no
-repeats, is labels.column_min. a_n is .01 and not .2, which drowns short runs, as a
-public framework also found. The seed of least gradient distance is returned.
+second hand. An image is registered by the shift of whole pixels at which it correlates
+best in brightness (phase correlation, of scikit-image), not by RANSAC-flow; one that
+would move by more than an eighth of its side is left where it is. Where known labels
+repeat, the slots of a seed that share one first change places with each other, so that
+they are nearest to the first seed's by least squares. A seed that is no longer finite
+is left out of E. a_n is .01 and not .2, which drowns short runs, as a public framework
+also found. The seed of least gradient distance is returned.
 """
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gi_lib import labels
@@ -38,6 +46,8 @@ from gi_lib.parametrisations import Pixels
 from gi_lib.priors import statistics_distance, total_variation
 from gi_lib.search import gaussian, generators, search
 from gi_lib.types import (
+    Images,
+    Labels,
     Needs,
     Observation,
     Reconstruction,
@@ -48,45 +58,65 @@ from gi_lib.types import (
 )
 
 Seeds = Float[Tensor, "S B C H W"]
+Consensus = Callable[[Tensor], Tensor]
+"""Seeds -> E [B, C, H, W]."""
 
 
 def normalises_batches(obs: Observation) -> str | None:
     """Batch norm in the model."""
     if batch_norms(obs.model):
         return None
-    return "the model has no batch norm, whose statistics this attack matches"
+    return "the model has no batch norm, whose statistics are matched; set bn=0"
 
 
-def registered_mean(x: Seeds, y: Tensor) -> Tensor:
-    """E [B, C, H, W]: the mean over seeds, each image shifted to fit the plain mean."""
-    x = _same_slots(x, y)
-    (h, w), device = x.shape[-2:], x.device
-    grey, goal = (v.mean(-3) for v in (x, x.mean(0)))
-    grey, goal = (v - v.mean((-2, -1), keepdim=True) for v in (grey, goal))
-    cross = torch.fft.rfft2(goal) * torch.fft.rfft2(grey).conj()
-    match = torch.fft.irfft2(cross / cross.abs().clamp_min(1e-12), s=(h, w))
-    down, right = (torch.fft.fftfreq(n, 1 / n, device=device).abs() for n in (h, w))
-    far = (down.round() > h // 8)[:, None] | (right.round() > w // 8)
-    shifts = match.masked_fill(far, -torch.inf).flatten(-2).argmax(-1)[..., None]
-    rows = (torch.arange(h, device=device) - shifts // w) % h
-    columns = (torch.arange(w, device=device) - shifts % w) % w
-    moved = x.gather(-2, rows[:, :, None, :, None].expand_as(x))
-    return moved.gather(-1, columns[:, :, None, None, :].expand_as(x)).mean(0)
+def distinct(obs: Observation) -> Labels:
+    """The labels that are known, or else those of the column minimum."""
+    return labels.column_min(obs) if obs.labels is None else obs.labels
 
 
-def _same_slots(x: Seeds, y: Tensor) -> Seeds:
-    """Images of one label, in the order in which they are nearest to the first seed."""
-    if len(y.unique()) == len(y):
-        return x
+def plain_mean(x: Seeds) -> Images:
+    """The mean over seeds, pixel by pixel: the paper's "lazy" consensus."""
+    return x.mean(0)
+
+
+def registered_mean(x: Seeds) -> Images:
+    """The mean over seeds, each image shifted to fit the plain mean."""
+    from skimage.registration import phase_cross_correlation  # slow to import
+
+    moved, (S, B, _, H, W) = x.clone(), x.shape
+    grey = x.mean(2).cpu().numpy()
+    goal = grey.mean(0)
+    for s, i in itertools.product(range(S), range(B)):
+        shift, _, _ = phase_cross_correlation(goal[i], grey[s, i])
+        down, right = (int(n) for n in shift)
+        if abs(down) <= H // 8 and abs(right) <= W // 8:
+            moved[s, i] = x[s, i].roll((down, right), (-2, -1))
+    return moved.mean(0)
+
+
+def like_the_first(x: Seeds, y: Labels) -> Int[Tensor, "S B"]:
+    """Which slot of each seed has the image that is nearest to the first seed's.
+
+    Only slots of one label may change places.
+    """
     from scipy.optimize import linear_sum_assignment  # slow to import
 
     flat, other = x.flatten(2), (y[:, None] != y).to(x) * 1e9
-    found = []
-    for images, one in zip(x, flat, strict=True):
-        cost = torch.cdist(flat[0], one).square() + other
-        slots = linear_sum_assignment(cost.cpu().numpy())[1]
-        found.append(images[torch.as_tensor(slots, device=x.device)])
-    return torch.stack(found)
+    costs = [torch.cdist(flat[0], one).square() + other for one in flat]
+    slots = [linear_sum_assignment(cost.cpu().numpy())[1] for cost in costs]
+    return torch.stack([torch.as_tensor(order, device=x.device) for order in slots])
+
+
+def change_places(x: Seeds, y: Labels, memory: dict[str, list[Tensor]]) -> None:
+    """Order the slots of all seeds alike, where labels repeat.
+
+    In place, and in the optimiser's memory of them too.
+    """
+    if len(y.unique()) < len(y):
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        order = like_the_first(x.nan_to_num(), y)
+        for v in (x, *itertools.chain(*memory.values())):
+            v.copy_(v[rows, order])
 
 
 @dataclass(frozen=True)
@@ -96,7 +126,7 @@ class GradInversion:
         model=(normalises_batches,),
         labels=True,
     )
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
 
     steps: int = 20_000
     lr: float = 0.1
@@ -106,19 +136,23 @@ class GradInversion:
     l2: float = 1e-6
     bn: float = 0.1
     group: float = 0.01
+    consensus: Consensus = registered_mean
     group_start: float = 0.1  # share of the steps before the first consensus
     renew: int = 100
     noise: float = 0.01  # the paper's is .2, second hand
     restarts: int = 8  # S
-    label_rule: labels.LabelRule = labels.infer
+    label_rule: labels.LabelRule = distinct
     frames: int = displayed(0)
 
     def __post_init__(self):
         whole(self, "steps", "renew", "restarts")
         whole(self, "warm_up", "frames", least=0)
         real(self, "lr", above=0)
-        function(self, "label_rule")
+        function(self, "consensus", "label_rule")
         real(self, "gradient", "tv", "l2", "bn", "group", "group_start", "noise")
+        if not self.bn:  # then no statistics are asked for
+            less = Needs(("client", "batch_size"), labels=True)
+            object.__setattr__(self, "needs", less)
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)
@@ -131,10 +165,12 @@ class GradInversion:
             return layer_l2(obs.simulate(pixels.image(z), y), obs.gradient)
 
         def loss(z):
-            statistics = statistics_distance(obs.model, pixels.image(z), obs.bn_stats)
-            natural = self.tv * total_variation(z) + self.l2 * norm(z)
-            group = self.bn * statistics + pull * norm(z - E)
-            return self.gradient * match(z) + natural + group
+            total = self.gradient * match(z) + self.tv * total_variation(z)
+            total = total + self.l2 * norm(z) + pull * norm(z - E)
+            if self.bn:
+                x, known = pixels.image(z), obs.bn_stats
+                total = total + self.bn * statistics_distance(obs.model, x, known)
+            return total
 
         def each(k, variables, memory):
             [z] = variables
@@ -142,9 +178,12 @@ class GradInversion:
             for row, own in zip(z, rngs, strict=True):
                 row.add_(torch.randn(row.shape, generator=own).to(row), alpha=size)
             since = k - math.ceil(self.group_start * self.steps)
-            if len(z) > 1 and since >= 0 and since % self.renew == 0:
-                E.copy_(registered_mean(z, y))
-                pull.fill_(self.group)
+            if self.group and since >= 0 and since % self.renew == 0:
+                change_places(z, y, memory)
+                sound = z[z.flatten(1).isfinite().all(1)]
+                if len(sound) > 1:
+                    E.copy_(self.consensus(sound))
+                    pull.fill_(self.group)
 
         return search(
             obs,
