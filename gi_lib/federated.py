@@ -715,7 +715,7 @@ def receive(
         moved = [state.get(f"{name}.running_{kind}") for kind in ("mean", "var")]
         if norm.running_mean is not None and norm.running_var is not None and all(m is not None for m in moved):
             mean, var = moved
-            _check_statistics(f"the running statistics of {name}", norm.running_mean, mean, var)
+            _check_statistics(f"the running statistics of {name!r}", norm, (mean, var))  # type: ignore[arg-type]
             buffers[name] = norm.running_mean - lr * mean, norm.running_var - lr * var  # type: ignore[operator]
     p = next(copy.parameters())
     some = torch.rand(size or 1, *image_shape, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)
@@ -753,28 +753,22 @@ def _statistics(copy: Classifier, wrapped: bool, given: Statistics) -> Statistic
     found = {next((n for n in _spellings(name, wrapped) if n in norms), name): pair for name, pair in given.items()}
     if found.keys() != norms.keys():
         raise ValueError(f"bn_stats are of {sorted(given)}, and the batch norms of the model are {sorted(norms)}")
-    p, after = next(copy.parameters()), {}
+    device = next(copy.parameters())
     for name, pair in found.items():
-        mean, var = (_as_tensor(name, value).to(p.device, p.dtype) for value in pair)
-        _check_statistics(f"bn_stats of {name}", norms[name].running_mean, mean, var)
-        if (var < 0).any():
-            raise ValueError(
-                f"bn_stats of {name} have a variance below 0; they are pairs (mean, variance), in this order"
-            )
-        after[name] = mean, var
-    return after
+        _check_statistics(f"bn_stats of {name!r}", norms[name], pair)
+    return {name: (mean.to(device), var.to(device)) for name, (mean, var) in found.items()}
 
 
-def _check_statistics(what: str, like: Tensor | None, *values: Tensor | None) -> None:
-    """ValueError unless these are finite, one number a channel."""
-    for value in values:
-        if value is not None and like is not None and value.shape != like.shape:
-            raise ValueError(
-                f"{what} have shape {list(value.shape)}, and the layer has {len(like)} channels; give one mean and one"
-                " variance a channel, over the images and their pixels"
-            )
-        if value is not None and not value.isfinite().all():
-            raise ValueError(f"{what} are not finite; the client's training diverged, or the file is damaged")
+def _check_statistics(what: str, layer: BatchNorm, pair: Sequence[Tensor]) -> None:
+    """ValueError unless it is a mean and a variance, finite, one number a channel."""
+    own = [v.shape for v in (layer.running_mean, layer.weight) if v is not None]
+    shapes = [tuple(v.shape) for v in pair]
+    if len(pair) != 2 or len({*shapes, *map(tuple, own[:1])}) != 1 or not all(v.isfinite().all() for v in pair):
+        channels = own[0].numel() if own else "C"
+        raise ValueError(
+            f"{what} must be a mean and a variance [{channels}] of finite numbers, one a channel, got"
+            f" {' and '.join(str(list(shape)) for shape in shapes)}; they come from another model, or are damaged"
+        )
 
 
 def _wrapped(

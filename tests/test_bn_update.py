@@ -209,14 +209,10 @@ def test_statistics_of_the_wrong_shape_are_refused():
     model = models.wrap(net.train(), num_classes=5)
     sent = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     given = {"image_shape": SHAPE, "client": None}
-    with pytest.raises(ValueError, match=r"bn_stats of net.1 have shape \[3\], and the layer has 4 channels"):
+    with pytest.raises(ValueError, match=r"bn_stats of 'net.1' must be a mean and a variance \[4\].*\[3\] and \[4\]"):
         receive(model, sent, bn_stats={"net.1": (torch.zeros(3), torch.ones(4))}, **given)
-    with pytest.raises(ValueError, match="bn_stats of net.1 have a variance below 0"):
-        receive(model, sent, bn_stats={"net.1": (torch.ones(4), -torch.ones(4))}, **given)
-    with pytest.raises(ValueError, match="bn_stats of net.1 are not finite"):
-        receive(model, sent, bn_stats={"net.1": (torch.full((4,), torch.nan), torch.ones(4))}, **given)
     back = {"net.1.running_mean": torch.zeros(1), "net.1.running_var": torch.zeros(4)}
-    with pytest.raises(ValueError, match=r"the running statistics of net.1 have shape \[1\]"):
+    with pytest.raises(ValueError, match=r"the running statistics of 'net.1' must be .*\[1\] and \[4\]"):
         receive(model, sent | back, **given)
 
 

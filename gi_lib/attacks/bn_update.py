@@ -91,8 +91,7 @@ class Running:
     needs: ClassVar[Needs] = Needs(model=(normalises_batches,))
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Goal:
-        goal = running_statistics(obs.model)
-        if not goal:
+        if not (goal := running_statistics(obs.model)):
             raise NotApplicableError(
                 "the model's batch norms keep no running statistics; use another target"
             )
