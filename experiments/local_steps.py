@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from gi_lib import Client, ThreatModel
 from gi_lib.attacks import AGIC, SME, FedAvgEpochs, InvertingGradients
-from gi_lib.bench import Case
+from gi_lib.bench import Case, key
 from gi_lib.federated import SGD, Adam
 from gi_lib.matching import cosine
 
@@ -125,4 +125,5 @@ for model in ("lenet", "cnn6"):
         more = {"model": model, "dataset": "cifar10"}
         stage = 2 if name in SURROGATES else 6
         PLAN.append(Row("networks", name, model, cases(attack, EPOCHS, 10, range(4), stage, **more)))
-CASES = list(dict.fromkeys(case for row in PLAN for case in row.cases))
+latest_first = sorted((case for row in PLAN for case in row.cases), key=lambda case: -case.stage)
+CASES = list({key(case): case for case in latest_first}.values())

@@ -48,7 +48,7 @@ class AGIC:
 
     steps: int = 1000
     lr: float = 0.1  # in the model's units
-    tv: float = 1e-3  # alpha
+    tv: float = 0.01  # alpha
     last: float = 2.0  # w_l of the last layer, ours
     restarts: int = 1
     label_rule: labels.LabelRule = labels.infer
