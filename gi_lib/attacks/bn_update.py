@@ -1,4 +1,5 @@
-"""The batch-norm update (Hatamizadeh, Yin, Molchanov, et al., IEEE TMI 2023).
+"""The batch-norm update (Hatamizadeh, Yin, Molchanov, Myronenko, Li, Dogra, Feng,
+Flores, Kautz, Xu, Roth, IEEE TMI 2023).
 
 arXiv:2202.06924. A client in train mode that returns its running statistics returns
 those of its batch. With momentum a, each batch norm has moved its running mean r by
