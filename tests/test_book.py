@@ -383,6 +383,13 @@ def test_chapter_page_has_badges_and_buttons(site, path):
         assert words in text
 
 
+@each_chapter
+def test_chapter_page_prints_no_warning(site, path):
+    """A warning says where the package lies on the machine that built the page."""
+    text = (site / "book" / f"{path.stem}.html").read_text()
+    assert "output stderr" not in text and "Warning: " not in text
+
+
 def test_pages_that_were_given_parameters_show_them(site):
     for path in CHAPTERS:
         text = (site / "book" / f"{path.stem}.html").read_text()

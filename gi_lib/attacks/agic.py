@@ -13,10 +13,11 @@ and the losses of all rounds r on the same data that are known are added up:
 with a cosine for each layer l, whose weight w_l rises along the network.
 
 No code of the authors was found, and the text at hand was the abstract: that weights
-rise is from memory, their law and all settings are ours, optimiser, box and prior those
-of Inverting Gradients. Here they rise in equal steps from 1 at the first layer to
-`last` at the last one, and means stand in place of sums. The factor 1 / (eta T) drops
-out of a cosine. Labels are known, or counted with the client's real steps.
+rise is from memory. Departs from the paper, as far as it is known: the weights rise in
+equal steps from 1 at the first layer to `last` at the last one, their law and all
+settings are ours, and optimiser, box and prior are those of Inverting Gradients. Means
+stand in place of sums. The factor 1 / (eta T) drops out of a cosine. Labels are known,
+or counted with the client's real steps.
 """
 
 from dataclasses import dataclass
