@@ -15,9 +15,10 @@ from torch import nn
 
 from gi_lib import Batch, Client, Reconstruction, data, evaluate, models, observe
 from gi_lib.attacks import BiasRatio, GradInversion, RobbingTheFed
-from gi_lib.audit import ANSWERS, Audit, Finding, audit, granted, write, write_failure
+from gi_lib.audit import ANSWERS, Audit, Finding, audit, write, write_failure
 from gi_lib.audit.facts import picture_uri, public_images, rank
 from gi_lib.defenses import DPSGD, GaussianNoise
+from gi_lib.federated import granted
 
 SHAPE = (3, 8, 8)
 

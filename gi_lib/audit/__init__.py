@@ -49,12 +49,11 @@ from gi_lib.audit.facts import (
 )
 from gi_lib.copies import batch_norms
 from gi_lib.defenses import Defense
-from gi_lib.federated import PLAIN, Client, ThreatModel, Update, observe, receive
+from gi_lib.federated import PLAIN, Client, ThreatModel, Update, granted, observe, receive
 from gi_lib.results.verdicts import beyond_chance
 from gi_lib.types import (
     Batch,
     Classifier,
-    Needs,
     NotApplicableError,
     Observation,
     Reconstruction,
@@ -255,21 +254,6 @@ def write_failure(path: str | Path, name: str, reason: str) -> bool:
             return False
     write(path, page.failed(name, reason), {"name": name, "error": reason})
     return True
-
-
-def granted(attack: Any, *, labels: bool = False, details: bool = False) -> ThreatModel:
-    """The least threat model under which an attack runs, besides what the caller grants."""
-    facts = getattr(attack, "needs", Needs()).facts
-    return ThreatModel(
-        knows_labels=labels or "labels" in facts,
-        knows_training_details=details,
-        knows_order="order" in facts,
-        knows_bn_stats="bn_stats" in facts,
-        knows_buffers="buffers" in facts,
-        knows_defense="defense" in facts,
-        has_auxiliary_data="auxiliary" in facts or hasattr(attack, "plant"),
-        malicious_server="trapdoor" in facts,
-    )
 
 
 @dataclass(frozen=True)
