@@ -50,8 +50,9 @@ WANTED = (  # network, evaluations, setting, stage of the queue
     ("lenet", 2000, "default", 1),
     ("lenet", 300, "tuned", 1),
     ("lenet", 2000, "tuned", 1),
-    ("convnet", 300, "tuned", 2),
-    ("convnet", 300, "default", 6),
+    ("convnet", 100, "tuned", 2),
+    ("convnet", 300, "tuned", 6),
+    ("convnet", 300, "default", 7),
     ("convnet", 2000, "tuned", 9),
 )
 
