@@ -1,4 +1,4 @@
-"""A malicious server: Robbing the Fed (Fowl et al., 2022), trap weights (Boenisch et al., 2023), QBI (Nowak et al., 2024).
+"""A malicious server: Robbing the Fed (Fowl et al., 2022), trap weights (Boenisch et al., 2023), QBI.
 
 PLAN says what a record is for; CASES are all of it. A batch of images is drawn from the test split by the number of the
 batch, which is the seed of its network too. The sample of ImageNet has no train split: there the server's own data are
@@ -65,32 +65,33 @@ COST = {name: 3 if name in LARGE else 2 for name in MODELS}
 """The stage of a model's cases: what is cheap runs first."""
 
 PLAN = [
-    Row("share", "mean brightness", 64, cases(IMPRINT, "lenet", "imagenet", 64, range(50))),
-    *(
-        Row("models", name, None, cases(IMPRINT, name, "imagenet", 64, range(10), stage=COST[name]))
-        for name in MODELS
-        if name != "lenet"
-    ),
-    *(
-        Row("batch", "mean brightness", size, cases(IMPRINT, "lenet", "cifar10", size, range(5)))
-        for size in (8, 32, 64, 128)
-    ),
-    *(Row("measured", name, 64, cases(attack, "lenet", "cifar10", 64, range(5))) for name, attack in OTHERS.items()),
-    *(
-        Row("local steps", name, rate, cases(attack, "lenet", "cifar10", 64, range(3), client=client))
-        for rate, client in LOCAL.items()
-        for name, attack in (("plain", IMPRINT), ("sparse", SPARSE))
-    ),
     *(
         Row("rows", name, size, cases(attack, "mlp", "cifar10", size, range(3), **more))
         for size in (20, 50, 100, 200)
         for name, (attack, more) in rows_attacks(size).items()
     ),
     *(
+        Row("batch", "mean brightness", size, cases(IMPRINT, "lenet", "cifar10", size, range(5)))
+        for size in (8, 32, 64, 128)
+    ),
+    *(
+        Row("local steps", name, rate, cases(attack, "lenet", "cifar10", 64, range(3), client=client))
+        for rate, client in LOCAL.items()
+        for name, attack in (("plain", IMPRINT), ("sparse", SPARSE))
+    ),
+    *(Row("measured", name, 64, cases(attack, "lenet", "cifar10", 64, range(5))) for name, attack in OTHERS.items()),
+    Row("models", "lenet", None, cases(IMPRINT, "lenet", "imagenet", 64, range(50))),
+    *(
+        Row("models", name, None, cases(IMPRINT, name, "imagenet", 64, range(10), stage=COST[name]))
+        for name in MODELS
+        if name != "lenet"
+    ),
+    *(
         Row("fronts", name, 50, cases(TrapWeights(), name, "cifar10", 50, range(2), stage=COST[name], **NO_DATA))
         for name in MODELS
+        if name != "mlp"
     ),
 ]
 
-CASES = [case for row in PLAN for case in row.cases]
+CASES = sorted((case for row in PLAN for case in row.cases), key=lambda case: case.stage)
 LIMIT = 1800
