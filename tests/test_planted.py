@@ -8,6 +8,7 @@ from torch import nn
 
 from gi_lib import Batch, Client, NotApplicableError, ThreatModel, metrics, models, observe
 from gi_lib.attacks import QBI, RobbingTheFed, TrapWeights, qbi, robbing_the_fed
+from gi_lib.defenses import GaussianNoise
 from gi_lib.models.planted import planted_rows
 from tests.test_attacks import Noise
 
@@ -222,6 +223,13 @@ def test_qbi_says_what_it_must_know(rng):
         QBI(rule=qbi.quantiles).plant(model_of("mlp"), SHAPE, None, rng)
     with pytest.raises(ValueError, match="PAIRS needs a batch of 100 images of the server's own, got 50"):
         QBI(rule=qbi.pairs, surrogates=50).plant(model_of("mlp"), SHAPE, Bright(), rng)
+
+
+def test_where_nothing_is_an_image_nothing_comes_back(rng):
+    """Noise lights every row, and its ratios are no images."""
+    noise = {"defense": GaussianNoise(1.0)}
+    _, rec, _ = attacked(TrapWeights(rows=50), model_of("mlp"), batch_of(4, rng), rng, **noise)
+    assert rec.images.shape == (0, *SHAPE) and rec.notes["agreed"] == 0 and rec.notes["lit_rows"] == 50
 
 
 def test_the_batch_size_may_be_unknown(rng):

@@ -72,13 +72,12 @@ def alone(obs: Observation, rows: int, most: int) -> Reconstruction:
     flat = x.flatten(1)
     apart = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
     near = apart < same * flat.shape[1] ** 0.5
-    first = near.int().argmax(1)  # of the rows that agree with this one
+    first = ~near.tril(-1).any(1)  # of the rows that agree
     sure = near.sum(1) > 1
-    lights = z[sure & (first == torch.arange(len(x), device=x.device))] @ W[lit].T
+    lights = z[sure & first] @ W[lit].T
     mixed = (lights + b[lit] > 0).any(0) & ~sure  # lit by a certain image too
 
-    chosen = ((first == torch.arange(len(x), device=x.device)) & ~mixed).nonzero()
-    chosen = chosen.flatten()
+    chosen = (first & ~mixed).nonzero().flatten()
     chosen = chosen[db[lit[chosen]].abs().argsort(descending=True)]
     votes = near.sum(1)[chosen]
     chosen = chosen[votes.argsort(descending=True, stable=True)][:most]
