@@ -43,7 +43,8 @@ def attacked(attack, model, batch, rng, auxiliary=None, **settings):
     rec = attack(obs, rng)
     matched = metrics.align(rec.images, batch.images)
     exact = torch.zeros(len(batch), dtype=torch.bool)
-    exact[matched >= 0] = metrics.psnr(rec.images[matched[matched >= 0]], batch.images[matched >= 0]) > 100
+    if (hit := matched >= 0).any():
+        exact[hit] = metrics.psnr(rec.images[matched[hit]], batch.images[hit]) > 100
     return obs, rec, exact
 
 
