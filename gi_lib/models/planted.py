@@ -60,8 +60,8 @@ def plant_rows(
     layer, (_, _, pixels) = planted.get_submodule(name), pixel_layer(model, image_shape)
     k = min(len(weight), len(layer.weight))  # type: ignore[arg-type]
     with torch.no_grad():
-        layer.weight[:k, pixels] = weight[:k]  # type: ignore[index,operator]
-        layer.bias[:k] = bias[:k]  # type: ignore[index,operator]
+        layer.weight[:k, pixels] = weight[:k]  # type: ignore[operator]
+        layer.bias[:k] = bias[:k]  # type: ignore[operator]
     return planted, name
 
 
