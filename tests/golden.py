@@ -55,10 +55,12 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     "rgap": ({}, "cnn6", {}),
     "multiscale": ({"steps": 6, "stages": 3, "restarts": 2}, "lenet", {}),
     "practical_recipe": ({"steps": 5, "restarts": 2, "warm_up": 1}, "lenet", {}),
+    "qbi": ({"rows": 40, "batch": 2}, "mlp", {"malicious_server": True}),
     "rconv": ({}, "lenet", {}),
     "robbing_the_fed": ({"bins": 8, "surrogates": 64}, "lenet", {"malicious_server": True}),
     "sapag": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "sme": ({"steps": 5, "restarts": 2}, "lenet", {}),
+    "trap_weights": ({"rows": 40}, "lenet", {"malicious_server": True}),
 }
 
 

@@ -28,6 +28,7 @@ from gi_lib.attacks import (
     DLG,
     E2EGI,
     IDLG,
+    QBI,
     RGAP,
     SAPAG,
     SME,
@@ -43,12 +44,14 @@ from gi_lib.attacks import (
     PracticalRecipe,
     RConv,
     RobbingTheFed,
+    TrapWeights,
 )
 from gi_lib.attacks.e2egi import best_seed, minimum_loss
 from gi_lib.attacks.gradinversion import change_places, plain_mean, registered_mean
 from gi_lib.attacks.hf_gradinv import quantised
 from gi_lib.attacks.multiscale import enlarge, focus
 from gi_lib.attacks.practical_recipe import features_of
+from gi_lib.attacks.robbing_the_fed import CosineRow
 from gi_lib.copies import running_statistics
 from gi_lib.defenses import GaussianNoise
 from gi_lib.matching import cosine, gaussian_kernel
@@ -75,10 +78,12 @@ CONTRACT = {  # name -> (a small instance, a model that suits it)
     "rgap": (RGAP(), "cnn6"),
     "multiscale": (Multiscale(steps=6, stages=3, restarts=2, frames=3), "lenet"),
     "practical_recipe": (PracticalRecipe(steps=3, restarts=2, frames=2), "lenet"),
+    "qbi": (QBI(rows=64, batch=2, mean=0.5, std=0.3), "mlp"),
     "rconv": (RConv(), "lenet"),
     "robbing_the_fed": (RobbingTheFed(bins=8, surrogates=64), "lenet"),
     "sapag": (SAPAG(steps=3, restarts=2, tv=1e-3, frames=2), "lenet"),
     "sme": (SME(steps=3, restarts=2, bend=0.01, frames=2), "lenet"),
+    "trap_weights": (TrapWeights(rows=64), "lenet"),
 }
 FACTS = {  # field of the Observation -> the fact that grants it
     "client": "knows_training_details",
@@ -291,6 +296,14 @@ BAD_SETTINGS = [
     (PracticalRecipe, {"warm_up": -1}, "PracticalRecipe needs warm_up, a whole number >= 0"),
     (PracticalRecipe, {"feature": -0.1}, "PracticalRecipe needs feature, a finite number >= 0"),
     (RobbingTheFed, {"bins": 1}, "RobbingTheFed needs bins, a whole number >= 2"),
+    (CosineRow, {"mode": -1}, "CosineRow needs mode, a whole number >= 0"),
+    (QBI, {"rows": 0}, "QBI needs rows, a whole number >= 1, got 0"),
+    (QBI, {"batch": 1}, "QBI needs batch, a whole number >= 2, got 1"),
+    (QBI, {"mean": 0.5}, "QBI needs mean and std of a pixel, both or neither"),
+    (QBI, {"mean": 0.5, "std": 0.0}, "QBI needs std, a finite number > 0"),
+    (TrapWeights, {"rows": 0}, "TrapWeights needs rows, a whole number >= 1, got 0"),
+    (TrapWeights, {"sigma": 0.0}, "TrapWeights needs sigma, a finite number > 0"),
+    (TrapWeights, {"scale": 1.0}, "TrapWeights needs scale < 1, got 1.0: from 1 on half of all images light a row"),
     (SAPAG, {"wide": 0.5}, "SAPAG needs wide, a finite number >= 1, got 0.5"),
     (SAPAG, {"decay": -0.1}, "SAPAG needs decay"),
     (SAPAG, {"tv": math.nan}, "SAPAG needs tv"),

@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from gi_lib.attacks.inverting_gradients import InvertingGradients
     from gi_lib.attacks.multiscale import Multiscale
     from gi_lib.attacks.practical_recipe import PracticalRecipe
+    from gi_lib.attacks.qbi import QBI
     from gi_lib.attacks.rconv import RConv
     from gi_lib.attacks.rgap import RGAP
     from gi_lib.attacks.robbing_the_fed import RobbingTheFed
     from gi_lib.attacks.sapag import SAPAG
     from gi_lib.attacks.sme import SME
+    from gi_lib.attacks.trap_weights import TrapWeights
 
 
 class Registry(Mapping[str, Any]):
@@ -81,10 +83,12 @@ ATTACKS = Registry(
         "rgap": "RGAP",
         "multiscale": "Multiscale",
         "practical_recipe": "PracticalRecipe",
+        "qbi": "QBI",
         "rconv": "RConv",
         "robbing_the_fed": "RobbingTheFed",
         "sapag": "SAPAG",
         "sme": "SME",
+        "trap_weights": "TrapWeights",
     }
 )
 
@@ -96,6 +100,7 @@ __all__ = [
     "DLG",
     "E2EGI",
     "IDLG",
+    "QBI",
     "RGAP",
     "SAPAG",
     "SME",
@@ -112,6 +117,7 @@ __all__ = [
     "RConv",
     "Registry",
     "RobbingTheFed",
+    "TrapWeights",
 ]
 
 
