@@ -63,7 +63,7 @@ def test_what_is_handed_on_is_the_gradient_of_one_image_of_the_planted_model():
         seen.append(obs)
         return BiasRatio()(obs, rng)
 
-    obs = fish(attack, network(), [Batch(x, y) for x, y in zip(batch.images.split(16), batch.labels.split(16))])
+    obs = fish(attack, network(), [DIGITS.batch(range(first, first + 16)) for first in range(0, 64, 16)])
     assert 3 <= 1 + len(obs.earlier) <= 8
     rec = dataclasses.replace(attack, attack=inner)(obs, torch.Generator())
     assert rec.labels is None and rec.notes["caught"] == pytest.approx(1, abs=0.01) and len(rec.images) == 1

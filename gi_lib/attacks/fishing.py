@@ -84,7 +84,10 @@ def fished(obs: Observation) -> str | None:
     hook = obs.trapdoor
     if hook is None:
         return None  # it is withheld, which is said elsewhere
-    if not isinstance(hook, Hook) or not {hook.weight, hook.bias} <= obs.gradient.keys():
+    if (
+        not isinstance(hook, Hook)
+        or not {hook.weight, hook.bias} <= obs.gradient.keys()
+    ):
         return (
             "the update is not of a model that Fishing has planted, or its last layer is"
             " frozen; observe with the model and the trapdoor that `plant` returned"
@@ -168,7 +171,9 @@ class Fishing:
         first, count = (*obs.earlier, obs)[0], round(n)
         told = {"caught": n, "rounds": 1 + len(obs.earlier)}
         if count < 1:
-            why = f"class {self.target} is not in the batch, and no image has a gradient"
+            why = (
+                f"class {self.target} is not in the batch, and no image has a gradient"
+            )
             none = torch.empty(0, *obs.image_shape, dtype=obs.dtype, device=obs.device)
             labels = torch.empty(0, dtype=torch.int64, device=obs.device)
             return Reconstruction(none, labels, torch.nan, notes=told | {"why": why})
@@ -240,7 +245,10 @@ class Fishing:
 
     def _summed(self, obs: Observation, scale: float) -> Gradient:
         """The sum of the images' gradients; the body's over a scale."""
-        hook, times = obs.trapdoor, (obs.batch_size or 1) / descent(obs, "fishing").steps
+        hook, times = (
+            obs.trapdoor,
+            (obs.batch_size or 1) / descent(obs, "fishing").steps,
+        )
         last = (hook.weight, hook.bias)
         return {
             name: times * (g if name in last else g / scale)

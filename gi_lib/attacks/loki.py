@@ -81,7 +81,9 @@ class Bins:
 
 def kernels_planted(obs: Observation) -> str | None:
     """A model that LOKI has planted."""
-    there = isinstance(obs.trapdoor, Bins) and "net.front.measure.weight" in obs.gradient
+    there = (
+        isinstance(obs.trapdoor, Bins) and "net.front.measure.weight" in obs.gradient
+    )
     if obs.trapdoor is None or there:
         return None
     return (
