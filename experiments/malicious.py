@@ -2,8 +2,8 @@
 
 Fishing takes one image out of batches of CIFAR-10: through an mlp exactly, by the bias ratio; through resnet18 by
 Inverting Gradients, beside the same attack on the whole batch of an honest server, which is told the labels. In batches
-of 16 the target's class occurs once, and 64 images are those of four clients, of whom the mean is seen, and the target's
-class occurs several times. LOKI has ten clients of 64 images each, of whom the mean is seen.
+of 16 the target's class occurs once, and 64 images are those of four clients, of whom the mean is seen, and the
+target's class occurs several times. LOKI has ten clients of 64 images each, of whom the mean is seen.
 """
 
 from gi_lib import Client, ThreatModel

@@ -2,10 +2,10 @@
 
 An mlp and a LeNet-5, trained on CIFAR-10 by SGD with momentum, are looked at after 0, 20, 200 and 600 steps, from three
 seeds; beside them a public ResNet-20. At each stage the checks of gi_lib.checks are asked of the honest model and of
-what a server makes of it, on 32 test images, of which some class has one: an imprint, fishing's first round and its cut, LOKI's model for
-one client, and, in the mlp's first layer, rows as trap weights have them (8.2 of the recipes: half of a row is .95
-times the mirrored other half) and rows whose biases light them for one image in 32 (QBI's, for N(mu, sd) pixels). One
-row a model goes to a file of its own, in a folder that `results.read` does not look into.
+what a server makes of it, on 32 test images, of which some class has one: an imprint, fishing's first round and its
+cut, LOKI's model for one client, and, in the mlp's first layer, rows as trap weights have them (8.2 of the recipes:
+half of a row is .95 times the mirrored other half) and rows whose biases light them for one image in 32 (QBI's, for
+N(mu, sd) pixels). One row a model goes to a file of its own, in a folder that `results.read` does not look into.
 
     python experiments/malicious_checks.py [--seeds 3]
 """

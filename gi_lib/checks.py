@@ -1,9 +1,9 @@
 """What a client can check of a model that it received, before it sends an update.
 
 Each check is one number of the model and the client's own batch, the larger the more suspicious, and a threshold that
-honest networks at several stages of training stay under by a factor of two or more (experiments/malicious_checks.py;
-the chapter on a malicious server has the table). `received` asks all of them. A plant that none of them finds is not ruled out: who knows the
-checks plants around them.
+honest networks at several stages of training stay under by a factor of two or more; experiments/malicious_checks.py
+measures it, and the chapter on a malicious server has the table. `received` asks all of them. A plant that none of them
+finds is not ruled out: who knows the checks plants around them.
 """
 
 import math
@@ -34,8 +34,8 @@ class PlantedError(ValueError):
 
 
 def d_snr(model: Classifier, batch: Batch) -> Value:
-    """max over layers and images i of |g_i| / |sum_(j != i) g_j|, g_i the gradient of image i (D-SNR; Garov et al., ICLR
-    2024): whether one image alone makes the update. Infinite where the others have no gradient; 0 for one image.
+    """max over layers and images i of |g_i| / |sum_(j != i) g_j|, g_i the gradient of image i: whether one image alone
+    makes the update (D-SNR; Garov et al., ICLR 2024). Infinite where the others have no gradient; 0 for one image.
 
     Of dense and convolution weights. Where batch norm has the batch's own statistics, g_i is that of loss i in it.
     """

@@ -2,8 +2,8 @@
 
 An attack maps (Observation, torch.Generator) to a Reconstruction and never sees the
 truth. What it can't do without stands in its `needs`. One that needs a malicious server
-also has `plant`: (model, image_shape, auxiliary, generator) -> (the planted model, or one
-for each client, and a trapdoor); one that asks again in the next round has `again`:
+also has `plant`: (model, image_shape, auxiliary, generator) -> (the planted model, or
+one for each client, and a trapdoor); one that asks again in the next round has `again`:
 (observation, generator) -> the same, or None where it has what it seeks.
 """
 

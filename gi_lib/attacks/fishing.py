@@ -1,37 +1,39 @@
-"""Fishing for user data in large-batch federated learning (Wen, Geiping, Fowl, Goldblum,
-Goldstein, ICML 2022, 2202.00580).
+"""Fishing for user data in large-batch federated learning (Wen, Geiping, Fowl,
+Goldblum, Goldstein, ICML 2022, 2202.00580).
 
-A malicious server changes the last layer W h + b alone, so that one image of a batch keeps
-a gradient, through secure aggregation too; any attack on one image then takes it.
+A malicious server changes the last layer W h + b alone, so that one image of a batch
+keeps a gradient, through secure aggregation too; any attack on one image then takes it.
 
-Class attack, for a class c: the rows of all other classes are zero and their biases 1000,
-so that p_c = 0 for every image, and at the features
+Class attack, for a class c: the rows of all other classes are zero and their biases
+1000, so that p_c = 0 for every image, and at the features
 
     dL_i/dh = W^T (p - y_i) = -w  if y_i = c,  0 otherwise,         w = W_c.
 
 The body's gradient is that of the images of class c, of which there are n = -B dL/db_c.
 
-Feature attack, for n > 1: logit c becomes s (w . h - theta) and the others 0, so that p_c
-is 1 where w . h > theta and 0 elsewhere. By this round, over s, less the first,
+Feature attack, for n > 1: logit c becomes s (w . h - theta) and the others 0, so that
+p_c is 1 where w . h > theta and 0 elsewhere. By this round, over s, less the first,
 
     d(theta) - d(infinity) = 1/B sum_i [w . h_i > theta] J_i^T w,   J_i = dh_i / d body,
 
 which the labels have left. The last layer tells how many images are above the cut, and
-their mean of w . h is the next cut, until one is left. With `one_shot` the first and only
-round has the cut, at a quantile of w . h on the server's own images; this takes a client
-whose images are all of class c, of which those below the cut keep their gradient.
+their mean of w . h is the next cut, until one is left. With `one_shot` the first and
+only round has the cut, at a quantile of w . h on the server's own images; this takes a
+client whose images are all of class c, of which those below the cut keep their
+gradient.
 
 What is handed on, times B, is the gradient of one image of class c at the model of the
 first round, with the rows that the other classes would then have. It needs a batch norm
-that does not mix images. Departs from the paper: w is the target's own row instead of one
-feature; the cut is made between two rounds, since in one round images of other classes
-above the cut keep a gradient too; s is larger.
+that does not mix images. Departs from the paper: w is the target's own row instead of
+one feature; the cut is made between two rounds, since in one round images of other
+classes above the cut keep a gradient too; s is larger.
 """
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from gi_lib.attacks.bias_ratio import BiasRatio, dense_on_pixels
 from gi_lib.attacks.inverting_gradients import InvertingGradients
@@ -57,7 +59,7 @@ ALONE = 0.05
 
 @dataclass(frozen=True)
 class Hook:
-    """What was planted: the last layer by its names, the class, and the cut of this round.
+    """What was planted: the last layer by its names, the class, this round's cut.
 
     `scale` is s; a `cut` of None is the class attack.
     """
@@ -89,8 +91,8 @@ def fished(obs: Observation) -> str | None:
         or not {hook.weight, hook.bias} <= obs.gradient.keys()
     ):
         return (
-            "the update is not of a model that Fishing has planted, or its last layer is"
-            " frozen; observe with the model and the trapdoor that `plant` returned"
+            "the update is not of a model that Fishing has planted, or its last layer"
+            " is frozen; observe with the model and the trapdoor that `plant` returned"
         )
     return None
 
@@ -123,7 +125,7 @@ class Fishing:
         auxiliary: Auxiliary | None,
         rng: torch.Generator,
     ) -> tuple[Classifier, Hook]:
-        """The model with a last layer for the class attack, or with the cut, and its hook."""
+        """The model with a last layer for the class attack or the cut, and its hook."""
         hook, own = self._hook(model, image_shape), dict(model.named_parameters())
         others = torch.arange(model.num_classes) != self.target
         if not own[hook.weight][others].any():
@@ -199,26 +201,27 @@ class Fishing:
             layer = logit_layer(model, image_shape)
         except NotApplicableError as error:
             raise NotApplicableError(
-                "fishing changes the rows of a dense last layer, and this model does not"
-                " end in one; plant an imprint before it instead"
+                "fishing changes the rows of a dense last layer, and this model does"
+                " not end in one; plant an imprint before it instead"
             ) from error
         own = dict(model.named_parameters())
-        if None in (layer.weight, layer.bias) or len(own[layer.weight]) < 2:  # type: ignore[index]
+        W, b = layer.weight, layer.bias
+        if W is None or b is None or len(own[W]) < 2:
             raise NotApplicableError(
-                "fishing sets a row and a bias for each class, and the last layer has no"
-                " bias, or one row for two classes; plant an imprint before it instead"
+                "fishing sets a row and a bias for each class, and the last layer has"
+                " no bias, or one row for two classes; plant an imprint before it instead"
             )
         if self.target >= model.num_classes:
             raise ValueError(
-                f"there is no class {self.target} to fish for: the model has classes 0 to"
-                f" {model.num_classes - 1}"
+                f"there is no class {self.target} to fish for: the model has classes 0"
+                f" to {model.num_classes - 1}"
             )
-        return Hook(layer.weight, layer.bias, self.target)  # type: ignore[arg-type]
+        return Hook(W, b, self.target)
 
-    def _sharp(self, w: torch.Tensor) -> float:
+    def _sharp(self, w: Tensor) -> float:
         return self.scale / w.norm().item()
 
-    def _with_row(self, model: Classifier, hook: Hook, w: torch.Tensor) -> Classifier:
+    def _with_row(self, model: Classifier, hook: Hook, w: Tensor) -> Classifier:
         sent: Any = deep_copy(model)
         own = dict(sent.named_parameters())
         with torch.no_grad():

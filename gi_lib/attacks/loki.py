@@ -1,7 +1,9 @@
-"""LOKI (Zhao, Sharma, Elkordy, Ezzeldin, Avestimehr, Bagchi, IEEE S&P 2024, 2303.12233).
+"""LOKI (Zhao, Sharma, Elkordy, Ezzeldin, Avestimehr, Bagchi, IEEE S&P 2024,
+2303.12233).
 
-A malicious server sends each of Z clients a model of its own, which differ in a convolution
-before an imprint of k bins. All but C of its C Z kernels are zero; client z's are
+A malicious server sends each of Z clients a model of its own, which differ in a
+convolution before an imprint of k bins. All but C of its C Z kernels are zero; client
+z's are
 
     u_(C z + j) = S x_j        (the centre tap; x the pixels, S the conv scale),
 
@@ -9,18 +11,18 @@ and a dense layer on all C Z channels, the same for every client, measures brigh
 
     a_i = clip((mean(x) - q_i) / w_i, 0, 1),   w_i = q_(i+1) - q_i,
 
-with weights 1 / (S n w_i), n = C H W, and biases -q_i / w_i. Bin i has a gradient for the
-images with q_i < mean(x) < q_(i+1) alone, and that of row i lies, for client z, in its own
-channels only. So the mean over clients, which is all that secure aggregation shows, does
-not mix them:
+with weights 1 / (S n w_i), n = C H W, and biases -q_i / w_i. Bin i has a gradient for
+the images with q_i < mean(x) < q_(i+1) alone, and that of row i lies, for client z, in
+its own channels only. So the mean over clients, which is all that secure aggregation
+shows, does not mix them:
 
     dL/dW_i, channels of z  =  S x sum_t dL/da_i      where one image of z is in bin i.
 
 dL/db_i is a sum over clients and is not used: the known brightness of the bin gives the
-factor. After a local step with an image in bin i, a_i moves by lr dL/da_i S^2 <x, x'> for
-any x' that follows: with a large S the bin closes, and only the first step to light it
-counts. A kernel that was zero moves by lr dL/da_i / (S w_i) times an image, beside S: with
-a small S clients mix. So of B images a client, in T steps of b = B/T, a share
+factor. After a local step with an image in bin i, a_i moves by lr dL/da_i S^2 <x, x'>
+for any x' that follows: with a large S the bin closes, and only the first step to light
+it counts. A kernel that was zero moves by lr dL/da_i / (S w_i) times an image, beside
+S: with a small S clients mix. So of B images a client, in T steps of b = B/T, a share
 
     b (1 - 1/k)^(b - 1) / B  (1 - (1 - 1/k)^B) / (1 - (1 - 1/k)^b)
 
@@ -28,14 +30,14 @@ comes back, which is (1 - 1/k)^(B - 1) for one step: .875 of the 64 at k = 256 i
 steps, .861 in four, .781 in one. Two images of one step in one bin come back mixed.
 
 Departs from the paper: kernels also undo the model's normalisation, so that u >= 0; the
-imprint adds the mean of a to the image, as in Robbing the Fed, where the paper goes back
-through a dense layer of large weights; a reconstruction is scaled to the brightness of its
-bin, where a public demo scales it to its own maximum. The share above is derived here.
-Labels are not sought.
+imprint adds the mean of a to the image, as in Robbing the Fed, where the paper goes
+back through a dense layer of large weights; a reconstruction is scaled to the
+brightness of its bin, where a public demo scales it to its own maximum. The share above
+is derived here. Labels are not sought.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,8 @@ from gi_lib.types import (
     whole,
 )
 
+MEASURE = "net.front.measure"
+"""The dense layer of the bins."""
 LIT = 1e-6
 """A bin's gradient, over the largest, above which it counts as lit."""
 
@@ -87,8 +91,8 @@ def kernels_planted(obs: Observation) -> str | None:
     if obs.trapdoor is None or there:
         return None
     return (
-        "the update is not of a model that LOKI has planted; observe with the models and"
-        " the trapdoor that `plant` returned"
+        "the update is not of a model that LOKI has planted; observe with the models"
+        " and the trapdoor that `plant` returned"
     )
 
 
@@ -149,22 +153,22 @@ class LOKI:
         planted = with_front(model, front)
         sent = [deep_copy(planted) for _ in range(self.clients)]
         for z, own in enumerate(sent):
-            kernels: nn.Conv2d = own.net.front.kernels  # type: ignore[union-attr,assignment]
+            kernels: Any = own.net.front.kernels  # type: ignore[union-attr]
             with torch.no_grad():
                 for j in range(c):  # the mean and std of one channel, or of all
                     std, mu = (v.flatten().expand(c)[j] for v in (own.std, own.mean))
                     kernels.weight[z * c + j, j, 1, 1] = self.scale * std
-                    kernels.bias[z * c + j] = self.scale * mu  # type: ignore[index]
+                    kernels.bias[z * c + j] = self.scale * mu
         return sent, Bins(self.clients, middle.to(model.mean))  # type: ignore[return-value]
 
     def at_most(self, obs: Observation) -> int:
-        """A bin gives each client one image, and no more are lit than there are images."""
+        """A bin gives each client one image; no more are lit than there are images."""
         most = self.clients * self.bins
         return most if obs.batch_size is None else min(most, obs.batch_size)
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)
-        dW, trap = obs.gradient["net.front.measure.weight"], obs.trapdoor
+        dW, trap = obs.gradient[f"{MEASURE}.weight"], obs.trapdoor
         dW = dW.reshape(len(dW), trap.clients, *obs.image_shape).transpose(0, 1)
         size = dW.flatten(2).norm(dim=2)  # [Z, k]
         lit = size > LIT * size.max()
