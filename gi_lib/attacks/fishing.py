@@ -208,8 +208,9 @@ class Fishing:
         W, b = layer.weight, layer.bias
         if W is None or b is None or len(own[W]) < 2:
             raise NotApplicableError(
-                "fishing sets a row and a bias for each class, and the last layer has"
-                " no bias, or one row for two classes; plant an imprint before it instead"
+                "fishing sets a row and a bias for each class, and the last layer"
+                " has no bias, or one row for two classes; plant an imprint before"
+                " it instead"
             )
         if self.target >= model.num_classes:
             raise ValueError(
