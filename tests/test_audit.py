@@ -67,6 +67,16 @@ def test_labels_counts_and_a_malicious_server(dense):
     assert "a server that changes the model gets images" in dense.headline
 
 
+def test_a_client_asks_whether_the_model_looks_planted(dense, rng):
+    found = asked(dense)["Does the model look planted"]
+    assert found.answer == "no sign" and "on 1 image, too few" in found.sure
+    planted, _ = RobbingTheFed(bins=16, surrogates=40).plant(own("dense"), SHAPE, public_images(SHAPE, "train"), rng)
+    report = audit(planted, SHAPE, batch_size=8, clients=1, steps=2)
+    found = asked(report)["Does the model look planted"]
+    assert found.answer == "refuse it" and "rows measure the same" in found.evidence
+    assert report.headline.endswith("the model itself looks planted.") and "rows measure the same" in report.page()
+
+
 def test_a_recorded_update_is_certified_without_its_images(tmp_path):
     model = own("dense")
     private = Batch(torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(1)), torch.tensor([3]))

@@ -2,8 +2,9 @@
 
 An attack maps (Observation, torch.Generator) to a Reconstruction and never sees the
 truth. What it can't do without stands in its `needs`. One that needs a malicious server
-also has `plant`: (model, image_shape, auxiliary, generator) -> (the planted model, a
-trapdoor).
+also has `plant`: (model, image_shape, auxiliary, generator) -> (the planted model, or
+one for each client, and a trapdoor); one that asks again in the next round has `again`:
+(observation, generator) -> the same, or None where it has what it seeks.
 """
 
 import importlib
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
     from gi_lib.attacks.e2egi import E2EGI
     from gi_lib.attacks.fedavg_epochs import FedAvgEpochs
     from gi_lib.attacks.fedleak import FedLeak
+    from gi_lib.attacks.fishing import Fishing
     from gi_lib.attacks.gradinversion import GradInversion
     from gi_lib.attacks.hf_gradinv import HFGradInv
     from gi_lib.attacks.idlg import IDLG
     from gi_lib.attacks.inverting_gradients import InvertingGradients
+    from gi_lib.attacks.loki import LOKI
     from gi_lib.attacks.multiscale import Multiscale
     from gi_lib.attacks.practical_recipe import PracticalRecipe
     from gi_lib.attacks.qbi import QBI
@@ -76,10 +79,12 @@ ATTACKS = Registry(
         "fedleak": "FedLeak",
         "fedavg_epochs": "FedAvgEpochs",
         "e2egi": "E2EGI",
+        "fishing": "Fishing",
         "gradinversion": "GradInversion",
         "hf_gradinv": "HFGradInv",
         "idlg": "IDLG",
         "inverting_gradients": "InvertingGradients",
+        "loki": "LOKI",
         "rgap": "RGAP",
         "multiscale": "Multiscale",
         "practical_recipe": "PracticalRecipe",
@@ -100,6 +105,7 @@ __all__ = [
     "DLG",
     "E2EGI",
     "IDLG",
+    "LOKI",
     "QBI",
     "RGAP",
     "SAPAG",
@@ -109,6 +115,7 @@ __all__ = [
     "BiasRatio",
     "FedAvgEpochs",
     "FedLeak",
+    "Fishing",
     "GradInversion",
     "HFGradInv",
     "InvertingGradients",

@@ -18,7 +18,6 @@ from gi_lib.labels.layer import (
 )
 from gi_lib.types import Counts, Labels, NotApplicableError, Observation, PerClass, function, real, whole
 
-
 LARGEST = 2.0**40
 """No count is above it; sums of so many are exact."""
 
