@@ -3,9 +3,8 @@
 An mlp and a LeNet-5, trained on CIFAR-10 by SGD with momentum, are looked at after 0, 20, 200 and 600 steps, from three
 seeds; beside them a public ResNet-20. At each stage the checks of gi_lib.checks are asked of the honest model and of
 what a server makes of it, on 32 test images, of which some class has one: an imprint, fishing's first round and its
-cut, LOKI's model for one client, and, in the mlp's first layer, rows as trap weights have them (8.2 of the recipes:
-half of a row is .95 times the mirrored other half) and rows whose biases light them for one image in 32 (QBI's, for
-N(mu, sd) pixels). One row a model goes to a file of its own, in a folder that `results.read` does not look into.
+cut, LOKI's model for one client, and, in the mlp's first layer, trap weights and QBI's rows for 32 images.
+One row a model goes to a file of its own, in a folder that `results.read` does not look into.
 
     python experiments/malicious_checks.py [--seeds 3]
 """
@@ -15,13 +14,12 @@ import copy
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
 
 from gi_lib import Batch, ThreatModel, checks, data, models, observe, provenance, results
-from gi_lib.attacks import LOKI, Fishing, RobbingTheFed
+from gi_lib.attacks import LOKI, QBI, Fishing, RobbingTheFed, TrapWeights
 
 STAGES = (0, 20, 200, 600)
 SIZE = 32
@@ -43,31 +41,6 @@ def trained(name: str, own: data.Dataset, seed: int):
         descent.step()
 
 
-def trap_rows(model, rng: torch.Generator, s: float = 0.95):
-    """The first dense layer with rows of which one half mirrors the other."""
-    sent = copy.deepcopy(model)
-    layer = next(layer for layer in sent.modules() if isinstance(layer, torch.nn.Linear))
-    rows, n = layer.weight.shape
-    half = (0.5 * torch.randn(rows, n // 2, generator=rng)).abs()
-    order = torch.rand(rows, n, generator=rng).argsort(1)
-    with torch.no_grad():
-        layer.weight.copy_(torch.cat([-half, s * half, half.new_zeros(rows, n % 2)], 1).gather(1, order))
-        layer.bias.zero_()
-    return sent
-
-
-def quantile_rows(model, images: torch.Tensor, rng: torch.Generator):
-    """The first dense layer with N(0, 1) rows, and biases that light each for one image in SIZE."""
-    sent = copy.deepcopy(model)
-    layer = next(layer for layer in sent.modules() if isinstance(layer, torch.nn.Linear))
-    W = torch.randn(layer.weight.shape, generator=rng)
-    z = NormalDist().inv_cdf(1 - 1 / SIZE)
-    with torch.no_grad():
-        layer.weight.copy_(W)
-        layer.bias.copy_(-images.mean() * W.sum(1) - images.std() * W.norm(dim=1) * z)
-    return sent
-
-
 def planted(name: str, model, batch: Batch, surrogate: data.Surrogate, images: torch.Tensor, seed: int):
     """(plant, the model that a client gets)."""
     shape, rng = tuple(batch.images.shape[1:]), torch.Generator().manual_seed(seed)
@@ -82,8 +55,9 @@ def planted(name: str, model, batch: Batch, surrogate: data.Surrogate, images: t
     yield "fishing, cut", attack.again(obs, rng)[0]
     yield "LOKI", LOKI().plant(model, shape, surrogate, rng)[0][0]
     if name == "mlp":
-        yield "trap weights", trap_rows(model, rng)
-        yield "QBI", quantile_rows(model, images, rng)
+        yield "trap weights", TrapWeights().plant(model, shape, None, rng)[0]
+        mean, std = images.mean().item(), images.std().item()
+        yield "QBI", QBI(batch=SIZE, mean=mean, std=std).plant(model, shape, None, rng)[0]
 
 
 def row(network: str, stage, seed: int, plant: str, model, batch: Batch) -> dict:

@@ -217,7 +217,7 @@ def test_loki_refuses(rng):
     with pytest.raises(ValueError, match="LOKI's bins are quantiles of the brightness"):
         LOKI().plant(model, (3, 8, 8), None, rng)
     planted, trapdoor = RobbingTheFed(bins=4, surrogates=16).plant(model, (3, 8, 8), Uniform(), rng)
-    with pytest.raises(ValueError, match="has a layer planted before it; plant on the model that was agreed on"):
+    with pytest.raises(ValueError, match="the model is planted already"):
         LOKI().plant(planted, (3, 8, 8), Uniform(), rng)
 
     class Same(Uniform):

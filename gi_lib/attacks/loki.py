@@ -124,11 +124,6 @@ class LOKI:
                 "LOKI's bins are quantiles of the brightness of images of the server's"
                 " own; give it auxiliary data"
             )
-        if hasattr(model.net, "front"):
-            raise ValueError(
-                "the model has a layer planted before it; plant on the model that was"
-                " agreed on"
-            )
         images, _ = auxiliary.draw(self.surrogates, rng)
         mean = images.flatten(1).double().mean(1).cpu()
         q, middle = (
