@@ -147,8 +147,9 @@ class LOKI:
                 v.zero_()
         planted = with_front(model, front)
         sent = [deep_copy(planted) for _ in range(self.clients)]
+        own: Any
         for z, own in enumerate(sent):
-            kernels: Any = own.net.front.kernels  # type: ignore[union-attr]
+            kernels = own.net.front.kernels
             with torch.no_grad():
                 for j in range(c):  # the mean and std of one channel, or of all
                     std, mu = (v.flatten().expand(c)[j] for v in (own.std, own.mean))
