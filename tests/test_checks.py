@@ -1,8 +1,6 @@
 """What a client notices of planted models, and what it says."""
 
 import math
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gi_lib import Batch, ThreatModel, checks, data, models, observe
-from gi_lib.attacks import LOKI, Fishing, RobbingTheFed
+from gi_lib.attacks import LOKI, QBI, Fishing, RobbingTheFed, TrapWeights
 
-ROOT = Path(__file__).resolve().parent.parent
-STUDY = runpy.run_path(str(ROOT / "experiments/malicious_checks.py"))
 DIGITS = data.load("digits")
 OWN = data.Surrogate(data.load("digits", split="train"))
 SHAPE = DIGITS.image_shape
@@ -65,8 +61,10 @@ def test_each_plant_is_refused_by_its_checks(batch, rng):
     obs = observe(several, batch, threat=ThreatModel(malicious_server=True), trapdoor=hook, rng=rng)
     cut, _ = Fishing(target=1).again(obs, rng)
     assert "last layer's range" in refusals(cut, batch)
-    assert "mirrored halves" in refusals(STUDY["trap_rows"](model, rng), batch)
-    assert "biases at quantiles" in refusals(STUDY["quantile_rows"](model, DIGITS.batch(range(200)).images, rng), batch)
+    traps, _ = TrapWeights().plant(model, SHAPE, None, rng)
+    assert "mirrored halves" in refusals(traps, batch)
+    solved, _ = QBI(batch=16, mean=0.3, std=0.37).plant(model, SHAPE, None, rng)
+    assert "biases at quantiles" in refusals(solved, batch)
 
 
 def test_a_refusal_says_why_and_what_to_do(batch, rng):
