@@ -38,6 +38,7 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     "bayes": ({"steps": 5, "restarts": 2}, "lenet", {"knows_defense": True}),
     "bias_ratio": ({}, "mlp", {}),
     "bn_update": ({"steps": 5, "restarts": 2}, "resnet20", {"knows_buffers": True}),
+    "cocktail": ({"iterations": 5}, "mlp", {}),
     "copa": ({"iterations": 5}, "cnn6", {}),
     "cpl": ({"steps": 5, "max_iter": 2, "restarts": 2, "pattern": 5, "label": 0.5}, "lenet", {}),
     "dlg": ({"steps": 5, "max_iter": 2, "restarts": 2}, "lenet", {}),
@@ -59,6 +60,8 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     "robbing_the_fed": ({"bins": 8, "surrogates": 64}, "lenet", {"malicious_server": True}),
     "sapag": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "sme": ({"steps": 5, "restarts": 2}, "lenet", {}),
+    "spear": ({}, "mlp", {}),
+    "spear_pp": ({}, "mlp", {}),
 }
 
 

@@ -31,9 +31,11 @@ from gi_lib.attacks import (
     RGAP,
     SAPAG,
     SME,
+    SPEAR,
     BatchNormUpdate,
     BayesOptimal,
     BiasRatio,
+    CocktailParty,
     FedAvgEpochs,
     FedLeak,
     GradInversion,
@@ -43,6 +45,7 @@ from gi_lib.attacks import (
     PracticalRecipe,
     RConv,
     RobbingTheFed,
+    SPEARpp,
 )
 from gi_lib.attacks.e2egi import best_seed, minimum_loss
 from gi_lib.attacks.gradinversion import change_places, plain_mean, registered_mean
@@ -62,6 +65,7 @@ CONTRACT = {  # name -> (a small instance, a model that suits it)
     "bayes": (BayesOptimal(steps=3, restarts=2, frames=2), "convnet"),
     "bias_ratio": (BiasRatio(), "mlp"),
     "bn_update": (BatchNormUpdate(steps=3, restarts=2, frames=2), "resnet20"),
+    "cocktail": (CocktailParty(iterations=4, frames=2), "mlp"),
     "copa": (COPA(iterations=3), "cnn6"),
     "cpl": (CPL(steps=2, max_iter=3, restarts=2, label=0.1, frames=2), "lenet"),
     "dlg": (DLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
@@ -79,6 +83,8 @@ CONTRACT = {  # name -> (a small instance, a model that suits it)
     "robbing_the_fed": (RobbingTheFed(bins=8, surrogates=64), "lenet"),
     "sapag": (SAPAG(steps=3, restarts=2, tv=1e-3, frames=2), "lenet"),
     "sme": (SME(steps=3, restarts=2, bend=0.01, frames=2), "lenet"),
+    "spear": (SPEAR(draws=400, chunk=200), "mlp"),
+    "spear_pp": (SPEARpp(rounds=3, starts=20), "mlp"),
 }
 FACTS = {  # field of the Observation -> the fact that grants it
     "client": "knows_training_details",
@@ -291,6 +297,11 @@ BAD_SETTINGS = [
     (PracticalRecipe, {"warm_up": -1}, "PracticalRecipe needs warm_up, a whole number >= 0"),
     (PracticalRecipe, {"feature": -0.1}, "PracticalRecipe needs feature, a finite number >= 0"),
     (RobbingTheFed, {"bins": 1}, "RobbingTheFed needs bins, a whole number >= 2"),
+    (CocktailParty, {"w_tv": -1.0}, "CocktailParty needs w_tv, a finite number >= 0"),
+    (CocktailParty, {"iterations": 0}, "CocktailParty needs iterations"),
+    (SPEAR, {"draws": 0}, "SPEAR needs draws, a whole number >= 1, got 0"),
+    (SPEAR, {"tau": 0.0}, "SPEAR needs tau, a finite number > 0"),
+    (SPEARpp, {"starts": -1}, "SPEARpp needs starts, a whole number >= 1"),
     (SAPAG, {"wide": 0.5}, "SAPAG needs wide, a finite number >= 1, got 0.5"),
     (SAPAG, {"decay": -0.1}, "SAPAG needs decay"),
     (SAPAG, {"tv": math.nan}, "SAPAG needs tv"),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gi_lib.attacks.bayes import BayesOptimal
     from gi_lib.attacks.bias_ratio import BiasRatio
     from gi_lib.attacks.bn_update import BatchNormUpdate
+    from gi_lib.attacks.cocktail import CocktailParty
     from gi_lib.attacks.copa import COPA
     from gi_lib.attacks.cpl import CPL
     from gi_lib.attacks.dlg import DLG
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from gi_lib.attacks.robbing_the_fed import RobbingTheFed
     from gi_lib.attacks.sapag import SAPAG
     from gi_lib.attacks.sme import SME
+    from gi_lib.attacks.spear import SPEAR
+    from gi_lib.attacks.spear_pp import SPEARpp
 
 
 class Registry(Mapping[str, Any]):
@@ -68,6 +71,7 @@ ATTACKS = Registry(
         "bayes": "BayesOptimal",
         "bias_ratio": "BiasRatio",
         "bn_update": "BatchNormUpdate",
+        "cocktail": "CocktailParty",
         "copa": "COPA",
         "cpl": "CPL",
         "dlg": "DLG",
@@ -85,6 +89,8 @@ ATTACKS = Registry(
         "robbing_the_fed": "RobbingTheFed",
         "sapag": "SAPAG",
         "sme": "SME",
+        "spear": "SPEAR",
+        "spear_pp": "SPEARpp",
     }
 )
 
@@ -99,9 +105,11 @@ __all__ = [
     "RGAP",
     "SAPAG",
     "SME",
+    "SPEAR",
     "BatchNormUpdate",
     "BayesOptimal",
     "BiasRatio",
+    "CocktailParty",
     "FedAvgEpochs",
     "FedLeak",
     "GradInversion",
@@ -112,6 +120,7 @@ __all__ = [
     "RConv",
     "Registry",
     "RobbingTheFed",
+    "SPEARpp",
 ]
 
 
