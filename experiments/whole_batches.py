@@ -38,7 +38,11 @@ def cases(attack, model: str, dataset: str, B: int, batches: int, stage: int, do
 
 
 PLAN = [
-    Row("exact", f"{dataset}, {'float64' if double else 'float32'}", cases(SPEAR(), "dense6", dataset, B, n, 1, double))
+    Row(
+        "exact",
+        f"{dataset}, {'float64' if double else 'float32'}",
+        cases(SPEAR(), "dense6", dataset, B, n, 4 if B > 12 else 1, double),
+    )
     for dataset, double in (("cifar10", True), ("cifar10", False), ("imagenet", True))
     for B, n in ((2, 20), (4, 20), (8, 20), (10, 20), (12, 5), (16, 5))
     if n == 20 or double

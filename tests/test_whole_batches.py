@@ -129,6 +129,9 @@ def test_noise_is_refused_or_not_certified(rng):
     refused(SPEAR(), network(), images(2, rng), "or noise was added", defense=GaussianNoise(1e-3))
     obs = observe(network(), images(2, rng), defense=GaussianNoise(1e-3), rng=rng)  # the batch size is known
     assert not SPEAR(draws=4000)(obs, rng).notes["certified"]
+    obs = observe(network(), images(2, rng), defense=GaussianNoise(0.1), rng=rng)
+    with pytest.raises(NotApplicableError, match="noise hides the zeros that tell the images apart"):
+        SPEAR()(obs, rng)
 
 
 def test_a_frozen_first_layer_is_refused(rng):
@@ -172,7 +175,9 @@ def test_signs_come_from_the_bias_gradient():
 
 
 @pytest.mark.parametrize(
-    "attack", [cocktail.FastICA(), CocktailParty(iterations=600, lr=0.01, w_tv=0.0)], ids=["fastica", "party"]
+    "attack",
+    [cocktail.FastICA(), CocktailParty(iterations=600, lr=0.01, w_tv=0.0, w_ne=30.0)],
+    ids=["fastica", "party"],
 )
 def test_independent_pixels_are_separated(attack, rng):
     """Uniform noise is what independent components are: no prior is needed."""

@@ -52,6 +52,12 @@ from gi_lib.types import (
 SAME = 1e-6
 """1 - |cos| under which two candidates are one."""
 
+MOST = 8
+"""Candidates that are kept at most, times B: noise makes many."""
+
+LOUD = 0.1
+"""Noise, relative to the gradient, from which on no zero can be told."""
+
 APART = 1e-3
 """How far a unit vector must lie from a span to count as independent of it."""
 
@@ -98,12 +104,6 @@ class Mixture(NamedTuple):
     def rank(self) -> int:
         return self.L.shape[1]
 
-    @property
-    def rounding(self) -> float:
-        """What counts as zero in L q for a null vector q of many rows, |q| = 1; the
-        square root of eps does for one of B - 1 rows, which may be nearly dependent."""
-        return self.eps**0.75
-
 
 def mixture(obs: Observation) -> Mixture:
     """The factors of the first layer's gradient, in float64 on the CPU.
@@ -128,6 +128,12 @@ def mixture(obs: Observation) -> Mixture:
             " smaller batch"
         )
     eps = max(eps, (S[B] / S[0]).item())  # noise, where B is known
+    if eps > LOUD:
+        raise NotApplicableError(
+            f"singular value {B + 1} of the first layer's gradient is {eps:.2g} of the"
+            " largest, where that of a batch is zero: noise hides the zeros that tell"
+            " the images apart; use an attack that matches gradients"
+        )
     if not B:
         raise NotApplicableError("the gradient of the first layer is zero")
     L, R = U[:, :B], S[:B, None] * Vh[:B]
@@ -143,23 +149,29 @@ def null_vectors(A: Tensor) -> Tensor:
     return torch.linalg.qr(A.mT, mode="complete").Q[..., -1]
 
 
+def once(q: Tensor, eps: float) -> Tensor:
+    """Those of q [N, B] that are not the same, up to sign, as one before them."""
+    same = (q @ q.T).abs() > 1 - max(SAME, eps)
+    return q[~same.tril(-1).any(1)]
+
+
 def sparsest(seen: Mixture, q: Tensor, tau: float) -> Tensor:
     """Those of q [N, B] with at least tau m zeros [K, B], the sparsest first, each one
-    once, and each as the null vector of all its zero rows."""
+    once, and each as the null vector of all its zero rows.
+
+    The square root of eps is zero for the null vector of B - 1 rows, which may be
+    nearly dependent; that of many rows is known better.
+    """
     zeros = (q @ seen.L.T).abs() < seen.eps**0.5  # [N, m]
     count = zeros.sum(1) + seen.dark
     order = count.argsort(descending=True)
     order = order[count[order] >= tau * (len(seen.L) + seen.dark)]
-    q = q[order]
-    q = q[~((q @ q.T).abs() > 1 - SAME).tril(-1).any(1)]
+    q = once(q[order], seen.eps)[: MOST * seen.rank]
     for power in 0.5, 0.6, 0.75:  # an entry that is small, but not zero, drops out
         zeros = (q @ seen.L.T).abs() < seen.eps**power
-        q = (
-            torch.stack([torch.linalg.svd(seen.L[z]).Vh[-1] for z in zeros])
-            if len(q)
-            else q
-        )
-    return q
+        null = [torch.linalg.svd(seen.L[z]).Vh[-1] for z in zeros]
+        q = torch.stack(null) if null else q
+    return once(q, seen.eps)
 
 
 def independent(q: Tensor) -> Tensor:
@@ -177,7 +189,7 @@ def agreement(seen: Mixture, Q: Tensor) -> tuple[Tensor, Tensor]:
     """(Q diag(s))^-1 and lambda, for columns Q [..., B, B]."""
     inverse = torch.linalg.inv_ex(Q).inverse
     inverse = inverse / (inverse @ seen.p)[..., None]
-    lit = (seen.L @ Q).mT.abs() > seen.rounding  # [..., B, m]
+    lit = (seen.L @ Q).mT.abs() > seen.eps**0.75  # [..., B, m]
     above = inverse @ seen.RW + seen.b > 0
     return inverse, (lit == above).double().mean((-2, -1))
 
