@@ -38,6 +38,7 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     "bayes": ({"steps": 5, "restarts": 2}, "lenet", {"knows_defense": True}),
     "bias_ratio": ({}, "mlp", {}),
     "bn_update": ({"steps": 5, "restarts": 2}, "resnet20", {"knows_buffers": True}),
+    "cocktail": ({"iterations": 5}, "mlp", {}),
     "copa": ({"iterations": 5}, "cnn6", {}),
     "cpl": ({"steps": 5, "max_iter": 2, "restarts": 2, "pattern": 5, "label": 0.5}, "lenet", {}),
     "dlg": ({"steps": 5, "max_iter": 2, "restarts": 2}, "lenet", {}),
@@ -63,6 +64,8 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     "sapag": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "sme": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "trap_weights": ({"rows": 40}, "lenet", {"malicious_server": True}),
+    "spear": ({}, "mlp", {}),
+    "spear_pp": ({}, "mlp", {}),
 }
 
 

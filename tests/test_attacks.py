@@ -33,9 +33,11 @@ from gi_lib.attacks import (
     RGAP,
     SAPAG,
     SME,
+    SPEAR,
     BatchNormUpdate,
     BayesOptimal,
     BiasRatio,
+    CocktailParty,
     FedAvgEpochs,
     FedLeak,
     Fishing,
@@ -46,6 +48,7 @@ from gi_lib.attacks import (
     PracticalRecipe,
     RConv,
     RobbingTheFed,
+    SPEARpp,
     TrapWeights,
 )
 from gi_lib.attacks.e2egi import best_seed, minimum_loss
@@ -67,6 +70,7 @@ CONTRACT = {  # name -> (a small instance, a model that suits it)
     "bayes": (BayesOptimal(steps=3, restarts=2, frames=2), "convnet"),
     "bias_ratio": (BiasRatio(), "mlp"),
     "bn_update": (BatchNormUpdate(steps=3, restarts=2, frames=2), "resnet20"),
+    "cocktail": (CocktailParty(iterations=4, frames=2), "mlp"),
     "copa": (COPA(iterations=3), "cnn6"),
     "cpl": (CPL(steps=2, max_iter=3, restarts=2, label=0.1, frames=2), "lenet"),
     "dlg": (DLG(steps=2, max_iter=3, restarts=2, frames=2), "lenet"),
@@ -88,6 +92,8 @@ CONTRACT = {  # name -> (a small instance, a model that suits it)
     "sapag": (SAPAG(steps=3, restarts=2, tv=1e-3, frames=2), "lenet"),
     "sme": (SME(steps=3, restarts=2, bend=0.01, frames=2), "lenet"),
     "trap_weights": (TrapWeights(rows=64), "lenet"),
+    "spear": (SPEAR(draws=400, chunk=200), "mlp"),
+    "spear_pp": (SPEARpp(rounds=3, starts=20), "mlp"),
 }
 FACTS = {  # field of the Observation -> the fact that grants it
     "client": "knows_training_details",
@@ -315,6 +321,11 @@ BAD_SETTINGS = [
     (TrapWeights, {"rows": 0}, "TrapWeights needs rows, a whole number >= 1, got 0"),
     (TrapWeights, {"sigma": 0.0}, "TrapWeights needs sigma, a finite number > 0"),
     (TrapWeights, {"scale": 1.0}, "TrapWeights needs scale < 1, got 1.0: from 1 on half of all images light a row"),
+    (CocktailParty, {"w_tv": -1.0}, "CocktailParty needs w_tv, a finite number >= 0"),
+    (CocktailParty, {"iterations": 0}, "CocktailParty needs iterations"),
+    (SPEAR, {"draws": 0}, "SPEAR needs draws, a whole number >= 1, got 0"),
+    (SPEAR, {"tau": 0.0}, "SPEAR needs tau, a finite number > 0"),
+    (SPEARpp, {"starts": -1}, "SPEARpp needs starts, a whole number >= 1"),
     (SAPAG, {"wide": 0.5}, "SAPAG needs wide, a finite number >= 1, got 0.5"),
     (SAPAG, {"decay": -0.1}, "SAPAG needs decay"),
     (SAPAG, {"tv": math.nan}, "SAPAG needs tv"),

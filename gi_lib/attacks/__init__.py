@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gi_lib.attacks.bayes import BayesOptimal
     from gi_lib.attacks.bias_ratio import BiasRatio
     from gi_lib.attacks.bn_update import BatchNormUpdate
+    from gi_lib.attacks.cocktail import CocktailParty
     from gi_lib.attacks.copa import COPA
     from gi_lib.attacks.cpl import CPL
     from gi_lib.attacks.dlg import DLG
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from gi_lib.attacks.robbing_the_fed import RobbingTheFed
     from gi_lib.attacks.sapag import SAPAG
     from gi_lib.attacks.sme import SME
+    from gi_lib.attacks.spear import SPEAR
+    from gi_lib.attacks.spear_pp import SPEARpp
     from gi_lib.attacks.trap_weights import TrapWeights
 
 
@@ -73,6 +76,7 @@ ATTACKS = Registry(
         "bayes": "BayesOptimal",
         "bias_ratio": "BiasRatio",
         "bn_update": "BatchNormUpdate",
+        "cocktail": "CocktailParty",
         "copa": "COPA",
         "cpl": "CPL",
         "dlg": "DLG",
@@ -94,6 +98,8 @@ ATTACKS = Registry(
         "sapag": "SAPAG",
         "sme": "SME",
         "trap_weights": "TrapWeights",
+        "spear": "SPEAR",
+        "spear_pp": "SPEARpp",
     }
 )
 
@@ -110,9 +116,11 @@ __all__ = [
     "RGAP",
     "SAPAG",
     "SME",
+    "SPEAR",
     "BatchNormUpdate",
     "BayesOptimal",
     "BiasRatio",
+    "CocktailParty",
     "FedAvgEpochs",
     "FedLeak",
     "Fishing",
@@ -124,6 +132,7 @@ __all__ = [
     "RConv",
     "Registry",
     "RobbingTheFed",
+    "SPEARpp",
     "TrapWeights",
 ]
 

@@ -238,6 +238,9 @@ MODELS = {
     "lenet_default": Architecture(networks.lenet, torch_default, normalised=False),
     "lenet5": Architecture(networks.lenet5, torch_default, normalised=False),
     "cnn2": Architecture(networks.cnn2, torch_default, normalised=True),
+    "dense6": Architecture(networks.dense6, torch_default, normalised=True),
+    "dense6_wide": Architecture(networks.dense6_wide, torch_default, normalised=True),
+    "fc2": Architecture(networks.fc2, torch_default, normalised=True),
     "squeezenet": Architecture(networks.squeezenet, he_fan_out, normalised=True),
 }
 

@@ -120,3 +120,18 @@ def pixel_layer(model: Classifier, image_shape: Shape) -> tuple[str, str, Tensor
             " matches gradients"
         )
     return first.weight, first.bias, arrangement
+
+
+def zeros_follow(model: Classifier, weight: str, image_shape: Shape) -> bool:
+    """Whether the logits do not depend on what the dense layer of this weight gives below zero, as behind a ReLU."""
+    kept: list[Tensor] = []
+    layer = model.get_submodule(weight.rpartition(".")[0])
+    handle = layer.register_forward_hook(lambda _, inputs, output: kept.append(output))
+    images = probe(model, image_shape)
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+            logits = model(images.requires_grad_())
+    finally:
+        handle.remove()
+    slope = torch.autograd.grad(logits.square().sum(), kept[0])[0]
+    return bool((kept[0] <= 0).any() and (slope[kept[0] <= 0] == 0).all() and slope.any())

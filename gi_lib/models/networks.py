@@ -19,6 +19,24 @@ def mlp(num_classes: int, image_shape: Shape, width: int = 1024) -> nn.Module:
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, num_classes))
 
 
+def dense6(num_classes: int, image_shape: Shape, width: int = 200) -> nn.Module:
+    """Six dense layers, five of 200 units with ReLU and a classifier."""
+    sizes = [torch.Size(image_shape).numel(), *[width] * 5]
+    hidden = [layer for i in range(5) for layer in (nn.Linear(sizes[i], sizes[i + 1]), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, num_classes))
+
+
+def dense6_wide(num_classes: int, image_shape: Shape) -> nn.Module:
+    """Six dense layers, five of 1,000 units with ReLU and a classifier."""
+    return dense6(num_classes, image_shape, 1000)
+
+
+def fc2(num_classes: int, image_shape: Shape) -> nn.Module:
+    """Two dense layers, 256 units with ReLU and a classifier, as in the cocktail party attack's README."""
+    pixels = torch.Size(image_shape).numel()
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 256), nn.ReLU(), nn.Linear(256, num_classes))
+
+
 def lenet(num_classes: int, image_shape: Shape) -> nn.Module:
     """DLG's LeNet: three 5x5 convolutions of 12 channels, strides 2, 2 and 1, sigmoids, a dense classifier."""
     c, h, w = image_shape
