@@ -71,4 +71,4 @@ PLAN += [
     for B in (8, 16, 32, 64, 128)
 ]
 PLAN += [Row("long", "cifar10", cases(SPEAR(draws=8_000_000), "dense6", "cifar10", 20, 2, 4))]
-CASES = [case for row in PLAN for case in row.cases]
+CASES = sorted((case for row in PLAN for case in row.cases), key=lambda case: case.stage)
