@@ -66,7 +66,7 @@ PARTIES = {
     "FastICA": FastICA(),
 }
 PLAN += [
-    Row("party", name, cases(attack, "fc2", "cifar100", B, 3 if B <= 32 else 1, 2 if B <= 32 else 3, double=False))
+    Row("party", name, cases(attack, "fc2", "cifar100", B, 3 if B <= 32 else 1, 1 if B <= 16 else 3, double=False))
     for name, attack in PARTIES.items()
     for B in (8, 16, 32, 64, 128)
 ]
