@@ -13,12 +13,11 @@ With pixels that are independent, of mean mu and standard deviation sd, w . x is
 With k rows that light up independently an image is alone in one of them with
 probability 1 - (1 - (1/B) (1 - 1/B)^(B-1))^k, about 1 - exp(-k / (e B)).
 
-`rule` says how rows and biases are chosen:
-  qbi        this equation: the server knows mu and sd, by default those by which the
-             model normalises
-  quantiles  b = - the 1 - 1/B quantile of w . x over data of the server's own
-  pairs      PAIRS: of several draws of a row, each with that bias, the one that most
-             batches of the server's own light by exactly one image
+`rule` says how rows and biases are chosen. `qbi` solves this equation: the server knows
+mu and sd, by default those by which the model normalises. `quantiles` takes for b minus
+the 1 - 1/B quantile of w . x over data of the server's own. `pairs`, PAIRS, keeps of
+several draws of a row, each with that bias, the one that most batches of the server's
+own light by exactly one image.
 
 Where rows are planted and how they are read is as in trap_weights. Departs from the
 paper, of which the abstract was read: the equation's form is derived; the loop of PAIRS
