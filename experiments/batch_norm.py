@@ -17,10 +17,10 @@ Each batch meets an untrained network of its own, and every attack on it starts 
 
 from dataclasses import dataclass
 
-from gi_lib import ThreatModel
 from gi_lib.attacks import BatchNormUpdate, FedLeak
 from gi_lib.attacks.bn_update import Exact, Inferred, Proxy, Running, Target
 from gi_lib.bench import Case
+from gi_lib.federated import granted
 from gi_lib.matching import cosine
 
 
@@ -45,18 +45,12 @@ SOURCES: dict[str, Target | None] = {
     "from the buffers": Inferred(),
     "the batch's own": Exact(),
 }
-TOLD = {  # fact of the Observation -> what grants it
-    "bn_stats": "knows_bn_stats",
-    "buffers": "knows_buffers",
-    "auxiliary": "has_auxiliary_data",
-}
 
 
 def cases(attack, model: str, batch: int, batches: int, **more) -> list[Case]:
     """Batch after batch of the test split."""
-    facts = {TOLD[fact]: True for fact in attack.needs.facts if fact in TOLD}
-    more |= {"threat": ThreatModel(knows_labels=True, **facts), "profile": "survey"}
-    if "has_auxiliary_data" in facts:
+    more |= {"threat": granted(attack, labels=True), "profile": "survey"}
+    if "auxiliary" in attack.needs.facts:
         more["auxiliary"] = "cifar10"
     return [
         Case(attack, model, "cifar10", tuple(range(batch * i, batch * (i + 1))), seed=i, **more) for i in range(batches)

@@ -10,7 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gi_lib import results
-from gi_lib.attacks import CPL, DLG, IDLG, RGAP, SAPAG, BiasRatio, InvertingGradients, PracticalRecipe
+from gi_lib.attacks import (
+    CPL,
+    DLG,
+    E2EGI,
+    IDLG,
+    RGAP,
+    SAPAG,
+    BiasRatio,
+    FedLeak,
+    GradInversion,
+    HFGradInv,
+    InvertingGradients,
+    PracticalRecipe,
+)
 from gi_lib.bench import Case, protocol
 
 
@@ -30,6 +43,7 @@ TUNING = results.by_key(Path(__file__).parents[1] / "results" / "tuning.jsonl")
 ALL = [(model, dataset) for model in protocol.MODELS for dataset in protocol.DATASETS]
 CIFAR10 = [(model, "cifar10") for model in protocol.MODELS]
 OTHERS = [pair for pair in ALL if pair not in CIFAR10]
+SEEDS = 4  # of techniques that combine several starts; the steps of all of them count
 CHAINS = [(model, dataset) for model in ("cnn6", "lenet") for dataset in ("mnist", "cifar10", "cifar100")]
 """Where R-GAP can go back. At 64 px a layer of these has up to 13,068 unknowns: minutes an image, gigabytes."""
 WANTED = (  # technique, its attack, setting, rung, stage of the queue, cells
@@ -46,11 +60,25 @@ WANTED = (  # technique, its attack, setting, rung, stage of the queue, cells
         for pairs in (CIFAR10, OTHERS)
         for rung, models in ((1, protocol.LARGE), (2, protocol.SMALL))
     ),
-    ("cpl", CPL(), "default", 1, 7, CIFAR10),  # as DLG, it has no prior and no step to tune
-    ("cpl", CPL(), "default", 2, 7, CIFAR10),
-    ("sapag", SAPAG(), "tuned", 1, 7, CIFAR10),
+    *(  # CPL, as DLG, has no prior and no step to tune
+        (name, attack, "default", rung, stage, CIFAR10)
+        for rung, stage in ((1, 3), (2, 7))
+        for name, attack in (
+            ("cpl", CPL()),
+            ("sapag", SAPAG()),
+            ("practical_recipe", PracticalRecipe()),
+            ("fedleak", FedLeak()),
+        )
+    ),
+    *(  # the attacker of the survey has no statistics of the batch; HF-GradInv takes the model's running ones
+        (name, attack, "default", 2, 4, CIFAR10)
+        for name, attack in (
+            ("gradinversion", GradInversion(bn=0.0, restarts=SEEDS)),
+            ("e2egi", E2EGI(bn=0.0, restarts=SEEDS)),
+            ("hf_gradinv", HFGradInv()),
+        )
+    ),
     ("sapag", SAPAG(), "tuned", 2, 7, CIFAR10),
-    ("practical_recipe", PracticalRecipe(), "tuned", 1, 6, CIFAR10),
     ("practical_recipe", PracticalRecipe(), "tuned", 2, 6, CIFAR10),
 )
 

@@ -188,9 +188,9 @@ def attack(
 
     from gi_lib import Client, bench, metrics, provenance, results
     from gi_lib.attacks import ATTACKS
-    from gi_lib.audit import granted
     from gi_lib.data import FOLDER_SIZE
     from gi_lib.defenses import DEFENSES
+    from gi_lib.federated import granted
 
     given = dict(_setting(text, "--set") for text in set_ or ())
     given |= {k: v for k, v in {"steps": steps, "restarts": restarts}.items() if v is not None}

@@ -44,6 +44,7 @@ from gi_lib.types import (
     ClientUpdate,
     Gradient,
     Graph,
+    Needs,
     Observation,
     Order,
     Parameters,
@@ -424,6 +425,21 @@ class ThreatModel:
         if self.knows_training_details or self.knows_order:
             return "C"
         return "B" if self.knows_labels or self.knows_defense else "A"
+
+
+def granted(attack: Any, *, labels: bool = False, details: bool = False) -> ThreatModel:
+    """The least threat model under which an attack runs, besides what the caller grants."""
+    facts: tuple[str, ...] = getattr(attack, "needs", Needs()).facts
+    return ThreatModel(
+        knows_labels=labels or "labels" in facts,
+        knows_training_details=details,
+        knows_order="order" in facts,
+        knows_bn_stats="bn_stats" in facts,
+        knows_buffers="buffers" in facts,
+        knows_defense="defense" in facts,
+        has_auxiliary_data="auxiliary" in facts or hasattr(attack, "plant"),
+        malicious_server="trapdoor" in facts,
+    )
 
 
 def observe(

@@ -275,7 +275,7 @@ def explorer(frame: pd.DataFrame, folder: Path, plain: Html | str = "") -> Html:
         folder: where the studies' files and pictures are; only pictures that exist there are shown.
         plain: what a reader without JavaScript sees instead.
     """
-    pictures = {(path.parent.name, path.stem) for path in Path(folder).glob("*/*.png")}
+    pictures = {(path.parent.name, path.stem): path for path in Path(folder).glob("*/*.png")}
     rows = [_explored(row, pictures) for row in frame.to_dict("records")]
     columns = {name: _packed([row[name] for row in rows]) for name in (*EXPLORED, "case", "error", "picture")}
     data = {
@@ -322,17 +322,17 @@ def _packed(values: list) -> list | dict[str, list]:
     return {"values": list(places)} | ({} if len(places) == len(values) else codes)
 
 
-def _explored(row: dict[str, Any], pictures: set[tuple[str, str]]) -> dict[str, Any]:
+def _explored(row: dict[str, Any], pictures: dict[tuple[str, str], Path]) -> dict[str, Any]:
     """The values of one record: scores are means over its images, rounded to what is shown."""
     settings = _settings(row)
-    picture = row["status"] == "ok" and (row["study"], row["key"]) in pictures
+    path = pictures.get((row["study"], row["key"])) if row["status"] == "ok" else None
     values = row | {
         "above": _above(row),
         "tv": settings.get("tv"),
         "lr": settings.get("lr"),
         "images": f"{row['split']} {', '.join(map(str, row['indices']))}",
         "started": row["started"][:10],
-        "picture": row["batch_size"] if picture else 0,
+        "picture": results.pictured(path, row["batch_size"]) if path else 0,
     }
     return {name: _brief(values[name]) for name in (*EXPLORED, "case", "error", "picture")}
 

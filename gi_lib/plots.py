@@ -448,10 +448,11 @@ def _cell(cases: pd.DataFrame, folder: Path, which: Sequence[str]) -> str:
     count = f"{len(done)} / {(cases['status'] != 'not applicable').sum()} ok"
     if done.empty:
         return count
+    shows = [results.pictured(_path(case, folder), case["batch_size"]) for _, case in done.iterrows()]
     images = (
         (psnr - floor, psnr, i, k)
         for k, (psnrs, floors) in enumerate(zip(done["psnr"], done["floor"], strict=True))
-        for i, (psnr, floor) in enumerate(zip(psnrs, floors, strict=True))
+        for i, (psnr, floor) in enumerate(zip(psnrs[: shows[k]], floors[: shows[k]], strict=True))
         if psnr is not None
     )
     ranked = sorted(images)
@@ -462,11 +463,14 @@ def _cell(cases: pd.DataFrame, folder: Path, which: Sequence[str]) -> str:
     return f'<div class="gi-pairs" style="display:flex;flex-wrap:wrap;gap:.3rem">{"".join(shown)}</div>{count}'
 
 
+def _path(case: pd.Series, folder: Path) -> Path:
+    return results.picture_path(folder / f"{case['study']}.jsonl", case["key"])
+
+
 def _pair(done: pd.DataFrame, folder: Path, name: str, above: float, psnr: float, i: int, k: int) -> str:
     """One image and its reconstruction, with the numbers of this image."""
     case = done.iloc[k]
-    path = results.picture_path(folder / f"{case['study']}.jsonl", case["key"])
-    truth, reconstruction = results.read_picture(path, case["batch_size"])
+    truth, reconstruction = results.read_picture(_path(case, folder), case["batch_size"])
     where = f"{case['attack']} on {case['model']}, {case['dataset']}"
     alt = f"Private image and reconstruction, {where}, {psnr:.1f} dB"
     found = "identified" if case["identified"][i] else "not identified"

@@ -128,6 +128,8 @@ def certified(obs: Observation, images: Tensor, label_rule: LabelRule) -> Recons
     says when it does not hold. Both are None where the labels or the client's code are unknown.
     """
     try:
+        if obs.batch_size not in (None, len(images)):  # before labels are sought, which takes longer
+            raise NotApplicableError(f"{len(images)} images came back, of {obs.batch_size}")
         found = [label_rule(obs)]
         if len(found[0]) != len(images):
             raise NotApplicableError(f"{len(images)} images came back, of {len(found[0])}")

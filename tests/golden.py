@@ -45,6 +45,7 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     "fedleak": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "fedavg_epochs": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "e2egi": ({"steps": 6, "restarts": 2, "blocks": 2}, "resnet20", {"knows_bn_stats": True}),
+    "fishing": ({}, "mlp", {"malicious_server": True}),
     "gradinversion": (
         {"steps": 5, "restarts": 2, "renew": 1, "group_start": 0.0},
         "resnet20",
@@ -54,12 +55,15 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     "idlg": ({"steps": 5, "max_iter": 2, "restarts": 2}, "lenet", {}),
     "inverting_gradients": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "rgap": ({}, "cnn6", {}),
+    "loki": ({"clients": 1, "bins": 8, "surrogates": 64}, "lenet", {"malicious_server": True}),
     "multiscale": ({"steps": 6, "stages": 3, "restarts": 2}, "lenet", {}),
     "practical_recipe": ({"steps": 5, "restarts": 2, "warm_up": 1}, "lenet", {}),
+    "qbi": ({"rows": 40, "batch": 2}, "mlp", {"malicious_server": True}),
     "rconv": ({}, "lenet", {}),
     "robbing_the_fed": ({"bins": 8, "surrogates": 64}, "lenet", {"malicious_server": True}),
     "sapag": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "sme": ({"steps": 5, "restarts": 2}, "lenet", {}),
+    "trap_weights": ({"rows": 40}, "lenet", {"malicious_server": True}),
     "spear": ({}, "mlp", {}),
     "spear_pp": ({}, "mlp", {}),
 }

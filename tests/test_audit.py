@@ -15,9 +15,10 @@ from torch import nn
 
 from gi_lib import Batch, Client, Reconstruction, data, evaluate, models, observe
 from gi_lib.attacks import BiasRatio, GradInversion, RobbingTheFed
-from gi_lib.audit import ANSWERS, Audit, Finding, audit, granted, write, write_failure
+from gi_lib.audit import ANSWERS, Audit, Finding, audit, write, write_failure
 from gi_lib.audit.facts import picture_uri, public_images, rank
 from gi_lib.defenses import DPSGD, GaussianNoise
+from gi_lib.federated import granted
 
 SHAPE = (3, 8, 8)
 
@@ -64,6 +65,16 @@ def test_labels_counts_and_a_malicious_server(dense):
     planted = found["What does a server get that changes the model"]
     assert planted.answer == "leaks" and "(G)" in planted.attacker
     assert "a server that changes the model gets images" in dense.headline
+
+
+def test_a_client_asks_whether_the_model_looks_planted(dense, rng):
+    found = asked(dense)["Does the model look planted"]
+    assert found.answer == "no sign" and "on 1 image, too few" in found.sure
+    planted, _ = RobbingTheFed(bins=16, surrogates=40).plant(own("dense"), SHAPE, public_images(SHAPE, "train"), rng)
+    report = audit(planted, SHAPE, batch_size=8, clients=1, steps=2)
+    found = asked(report)["Does the model look planted"]
+    assert found.answer == "refuse it" and "rows measure the same" in found.evidence
+    assert report.headline.endswith("the model itself looks planted.") and "rows measure the same" in report.page()
 
 
 def test_a_recorded_update_is_certified_without_its_images(tmp_path):

@@ -98,6 +98,7 @@ def test_apportion_is_the_nearest_of_all_whole_numbers_with_the_sum(rng):
         ([-3.0, 1.2, 4.9], 3, [0, 0, 3]),  # the sum of what is not negative is too large: taken from the smallest rests
         ([0.2, 0.1, 0.3], 7, [2, 2, 3]),  # more are missing than there are classes
         ([2.0, 1.0, 0.0], 3, [2, 1, 0]),
+        ([1e30, -1e30, 3.0], 4, [4, 0, 0]),  # an absurd estimate: not one step for each image too many
     ],
 )
 def test_apportion_keeps_the_total(raw, total, expected):

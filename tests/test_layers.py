@@ -14,6 +14,7 @@ ABOVE = {  # module -> the modules of gi_lib that it may import
     **dict.fromkeys(GROUND, set()),
     **dict.fromkeys(("execution", "parametrisations"), {"types"}),
     "matching": {"types", "execution"},
+    "checks": {"types", "copies", "models"},
     "checkpoints": set(),
     "copies": {"types", "execution"},
     "training": {"types", "progress", "models", "data", "checkpoints"},

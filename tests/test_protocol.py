@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gi_lib.attacks import DLG, BiasRatio, InvertingGradients
+from gi_lib.attacks import DLG, E2EGI, BiasRatio, FedLeak, InvertingGradients
 from gi_lib.bench import key, protocol
 from gi_lib.training import RECIPES
 
@@ -22,6 +22,8 @@ def test_rungs_are_about_three_times_the_one_before():
 def test_a_budget_counts_evaluations():
     assert protocol.at_budget(ATTACK, 700).steps == 700
     assert protocol.at_budget(DLG(), 2000).steps == 100
+    assert protocol.at_budget(E2EGI(bn=0.0, restarts=4), 300).steps == 75
+    assert protocol.at_budget(FedLeak(), 300).steps == 150
 
 
 def test_a_budget_of_zero_is_said_so():

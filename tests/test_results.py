@@ -273,6 +273,14 @@ def test_a_picture_keeps_every_byte(tmp_path, channels):
     assert torch.equal(below, images)
 
 
+def test_of_a_large_batch_the_first_images_are_pictured(tmp_path):
+    truth, images = torch.rand(2, 33, 3, 4, 5)
+    results.write_picture(tmp_path / "p.png", truth, images)
+    above, below = results.read_picture(tmp_path / "p.png", 33)
+    assert results.pictured(tmp_path / "p.png", 33) == len(above) == len(below) == 8
+    torch.testing.assert_close(above, truth[:8], rtol=0, atol=0.5 / 255 + 1e-6)
+
+
 def test_a_picture_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="a failed case has none"):
         results.read_picture(tmp_path / "p.png", 1)

@@ -152,8 +152,8 @@ document.addEventListener("DOMContentLoaded", () => {
   const address = (base, row, ending) =>
     `${base}${encodeURIComponent(at(row, "study"))}/${encodeURIComponent(at(row, "key"))}${ending}`;
 
-  function tile(row, rebuilt, width, images = at(row, "batch_size")) {
-    const all = at(row, "batch_size"), alt = rebuilt ? `Rebuilt: ${say(row)}` : `Private: ${where(row)}`;
+  function tile(row, rebuilt, width, images = columns.picture[row]) {
+    const all = columns.picture[row], alt = rebuilt ? `Rebuilt: ${say(row)}` : `Private: ${where(row)}`;
     const made = element("span", {class: "gi-tile", style: `width:${width}px;aspect-ratio:${images}`},
       element("img", {src: address(folder, row, ".png"), loading: "lazy", decoding: "async", class: "dark-light", alt,
         style: `width:${100 * all / images}%;top:${rebuilt ? -100 : 0}%`, onload: event => {
@@ -169,7 +169,7 @@ document.addEventListener("DOMContentLoaded", () => {
     return `${show(row, "attack")} on ${show(row, "model")}, ${where(row)}${dB}`;
   }
   function figure(row, rebuilt, caption) {
-    const images = at(row, "batch_size"), width = Math.min(images * 160, 960);
+    const images = columns.picture[row], width = Math.min(images * 160, 960);
     return element("figure", {class: images === 1 ? "gi-one" : null}, tile(row, rebuilt, width), element("figcaption", {}, ...caption));
   }
   function told(row) {

@@ -2,8 +2,9 @@
 
 An attack maps (Observation, torch.Generator) to a Reconstruction and never sees the
 truth. What it can't do without stands in its `needs`. One that needs a malicious server
-also has `plant`: (model, image_shape, auxiliary, generator) -> (the planted model, a
-trapdoor).
+also has `plant`: (model, image_shape, auxiliary, generator) -> (the planted model, or
+one for each client, and a trapdoor); one that asks again in the next round has `again`:
+(observation, generator) -> the same, or None where it has what it seeks.
 """
 
 import importlib
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
     from gi_lib.attacks.e2egi import E2EGI
     from gi_lib.attacks.fedavg_epochs import FedAvgEpochs
     from gi_lib.attacks.fedleak import FedLeak
+    from gi_lib.attacks.fishing import Fishing
     from gi_lib.attacks.gradinversion import GradInversion
     from gi_lib.attacks.hf_gradinv import HFGradInv
     from gi_lib.attacks.idlg import IDLG
     from gi_lib.attacks.inverting_gradients import InvertingGradients
+    from gi_lib.attacks.loki import LOKI
     from gi_lib.attacks.multiscale import Multiscale
     from gi_lib.attacks.practical_recipe import PracticalRecipe
+    from gi_lib.attacks.qbi import QBI
     from gi_lib.attacks.rconv import RConv
     from gi_lib.attacks.rgap import RGAP
     from gi_lib.attacks.robbing_the_fed import RobbingTheFed
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from gi_lib.attacks.sme import SME
     from gi_lib.attacks.spear import SPEAR
     from gi_lib.attacks.spear_pp import SPEARpp
+    from gi_lib.attacks.trap_weights import TrapWeights
 
 
 class Registry(Mapping[str, Any]):
@@ -78,17 +83,21 @@ ATTACKS = Registry(
         "fedleak": "FedLeak",
         "fedavg_epochs": "FedAvgEpochs",
         "e2egi": "E2EGI",
+        "fishing": "Fishing",
         "gradinversion": "GradInversion",
         "hf_gradinv": "HFGradInv",
         "idlg": "IDLG",
         "inverting_gradients": "InvertingGradients",
+        "loki": "LOKI",
         "rgap": "RGAP",
         "multiscale": "Multiscale",
         "practical_recipe": "PracticalRecipe",
+        "qbi": "QBI",
         "rconv": "RConv",
         "robbing_the_fed": "RobbingTheFed",
         "sapag": "SAPAG",
         "sme": "SME",
+        "trap_weights": "TrapWeights",
         "spear": "SPEAR",
         "spear_pp": "SPEARpp",
     }
@@ -102,6 +111,8 @@ __all__ = [
     "DLG",
     "E2EGI",
     "IDLG",
+    "LOKI",
+    "QBI",
     "RGAP",
     "SAPAG",
     "SME",
@@ -112,6 +123,7 @@ __all__ = [
     "CocktailParty",
     "FedAvgEpochs",
     "FedLeak",
+    "Fishing",
     "GradInversion",
     "HFGradInv",
     "InvertingGradients",
@@ -121,6 +133,7 @@ __all__ = [
     "Registry",
     "RobbingTheFed",
     "SPEARpp",
+    "TrapWeights",
 ]
 
 

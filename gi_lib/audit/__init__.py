@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gi_lib import checks, metrics, provenance
 from gi_lib import labels as rules
-from gi_lib import metrics, provenance
 from gi_lib.attacks import (
     DLG,
     IDLG,
@@ -49,12 +49,11 @@ from gi_lib.audit.facts import (
 )
 from gi_lib.copies import batch_norms
 from gi_lib.defenses import Defense
-from gi_lib.federated import PLAIN, Client, ThreatModel, Update, observe, receive
+from gi_lib.federated import PLAIN, Client, ThreatModel, Update, granted, observe, receive
 from gi_lib.results.verdicts import beyond_chance
 from gi_lib.types import (
     Batch,
     Classifier,
-    Needs,
     NotApplicableError,
     Observation,
     Reconstruction,
@@ -67,6 +66,8 @@ __all__ = ["ANSWERS", "Audit", "Finding", "audit", "granted", "write", "write_fa
 
 ANSWERS = ("leaks", "leaks in part", "not found", "not tried")
 """From the worst. None of them says "safe"."""
+REFUSED, NO_SIGN = "refuse it", "no sign"
+"""Answers to whether the model looks planted."""
 LEAST_STEPS = 20
 """Fewer steps of a search are none."""
 USEFUL = 100
@@ -106,7 +107,8 @@ class Finding:
 
     Args:
         question: what is asked.
-        answer: one of ANSWERS; of what is counted "determined nearby", "not determined", "too few", or "open".
+        answer: one of ANSWERS; of what is counted "determined nearby", "not determined", "too few", or "open"; of the
+            client's checks "refuse it" or "no sign".
         sure: how sure that is, and why.
         evidence: what was measured, each number with its floor and its chance.
         attacker: what the attacker must know or do, with the letter of the threat model.
@@ -159,7 +161,7 @@ class Audit:
     @property
     def advice(self) -> tuple[str, ...]:
         """What to change: of each finding that leaks, and how to look again where no images were found."""
-        leaking = [f.change for f in self.findings if f.leaks and f.change]
+        leaking = [f.change for f in self.findings if (f.leaks or f.answer == REFUSED) and f.change]
         again = [f.change for f in self.findings if f.answer == self.answer == "not found" and f.change]
         return (*dict.fromkeys(leaking + again), BOUND)
 
@@ -186,6 +188,8 @@ class Audit:
             more.append("the batch's statistics leak")
         if any(f.leaks for f in self.findings if f.numbers.get("malicious")):
             more.append("a server that changes the model gets images")
+        if any(f.answer == REFUSED for f in self.findings):
+            more.append("the model itself looks planted")
         return f"{said}{'; ' if more else ''}{'; '.join(more)}."
 
     def as_dict(self) -> dict[str, Any]:
@@ -255,21 +259,6 @@ def write_failure(path: str | Path, name: str, reason: str) -> bool:
             return False
     write(path, page.failed(name, reason), {"name": name, "error": reason})
     return True
-
-
-def granted(attack: Any, *, labels: bool = False, details: bool = False) -> ThreatModel:
-    """The least threat model under which an attack runs, besides what the caller grants."""
-    facts = getattr(attack, "needs", Needs()).facts
-    return ThreatModel(
-        knows_labels=labels or "labels" in facts,
-        knows_training_details=details,
-        knows_order="order" in facts,
-        knows_bn_stats="bn_stats" in facts,
-        knows_buffers="buffers" in facts,
-        knows_defense="defense" in facts,
-        has_auxiliary_data="auxiliary" in facts or hasattr(attack, "plant"),
-        malicious_server="trapdoor" in facts,
-    )
 
 
 @dataclass(frozen=True)
@@ -395,6 +384,7 @@ def audit(
         if steps is None:
             _check_budget(first, len(case.targets), budget, seed)
         findings = [_labels(case), _counted(case, budget), *_returned(case), *_closed_forms(case), *_malicious(case)]
+        findings += _checked(case)
         findings += _searches(case, started + budget, steps)
     made = {
         "time": f"{time.perf_counter() - started:.0f} s, "
@@ -667,6 +657,38 @@ def _malicious(case: _Case) -> list[Finding]:
     question = "What does a server get that changes the model? (Robbing the Fed)"
     found = _images(case, question, results, attacker, "one subtraction", "server")
     return [dataclasses.replace(found, numbers=found.numbers | {"malicious": True})]
+
+
+def _checked(case: _Case) -> list[Finding]:
+    """What a client's checks say of the model as it is, on the first simulated client's batch."""
+    if not case.simulated:
+        case.untried.append(("what a client can check", "no client could be simulated"))
+        return []
+    assert case.simulated[0].truth is not None
+    try:
+        verdict = checks.received(case.model, case.simulated[0].truth)
+    except (ValueError, RuntimeError) as error:
+        case.untried.append(("what a client can check", str(error)))
+        return []
+    sure = f"{len(verdict.findings)} checks, each with a threshold that honest networks stay under"
+    if not verdict.refused:
+        sure += "; a plant that knows the checks may pass them"
+    if case.batch_size < checks.ROWS:
+        sure += (
+            f"; on {case.batch_size} image{'s' if case.batch_size > 1 else ''}, too few for those that look at a batch"
+        )
+    numbers = {f.check: f.value if math.isfinite(f.value) else None for f in verdict.findings}
+    return [
+        Finding(
+            "Does the model look planted?",
+            REFUSED if verdict.refused else NO_SIGN,
+            sure,
+            "; ".join(map(str, verdict.findings)),
+            "nobody: a client asks it of the model that it received",
+            {"kind": "checks", **numbers},
+            change=TO_CHANGE["server"],
+        )
+    ]
 
 
 def _battery(obs: Observation) -> list["_Search"]:

@@ -10,11 +10,13 @@ if TYPE_CHECKING:
 
 _CLASS = {
     "leaks": "bad",
+    "refuse it": "bad",
     "leaks in part": "part",
     "determined nearby": "part",
     "not found": "open",
     "not determined": "open",
     "open": "open",
+    "no sign": "open",
     "too few": "open",
     "not tried": "none",
 }

@@ -279,7 +279,7 @@ def score(out: Path, root: Path | None = None) -> tuple[int, int]:
     filled = 0
     for row in progress.bar(empty, desc="lpips", unit="case"):
         truth, images = results.read_picture(results.picture_path(out, row["key"]), row["batch_size"])
-        if truth.shape[1] not in (1, 3):
+        if truth.shape[1] not in (1, 3) or len(truth) < row["batch_size"]:
             continue
         values = metrics.lpips(images, truth, root=root, download=True)
         if values is None:

@@ -41,7 +41,8 @@ class Case:
         train: whether the model is in train mode.
         clients: among how many clients the batch is shared out evenly; the attacker sees their mean.
         rounds: how many rounds on the same data the attacker sees; between two the server moves the model by
-            `client.lr` times the update. The last one is attacked.
+            `client.lr` times the update. The last one is attacked. Where the attack has `again`, that chooses the next
+            model, and there are at most as many rounds.
         auxiliary: such a name, whose train split is the attacker's own.
         double: whether clients and attacker compute in float64.
         profile: a key of PROFILES; it is written down, and changes nothing else of the case.

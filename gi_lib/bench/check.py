@@ -172,10 +172,11 @@ def _untrue(row: Record, path: Path, dataset: data.Dataset, candidates: Images) 
         truth, images = results.read_picture(path, row["batch_size"])
     except (OSError, ValueError, RuntimeError):
         return [f"its picture {path} is missing or damaged"]
-    if truth.shape != batch.images.shape or (truth - batch.images).abs().max() > LEVEL:
+    private = batch.images[: len(truth)]  # of a large batch the first are pictured
+    if truth.shape != private.shape or (truth - private).abs().max() > LEVEL:
         return [f"its picture {path} shows other private images than these"]
     found = []
-    for i, psnr in enumerate(row["psnr"] or ()):
+    for i, psnr in enumerate((row["psnr"] or ())[: len(truth)]):
         if psnr is None:
             continue
         image, own = images[i : i + 1], _distance(images[i : i + 1], batch.images[i : i + 1])

@@ -127,8 +127,8 @@ def _observed(case: Case, model: Classifier, dataset: data.Dataset, batch: Batch
     if case.auxiliary is not None:
         auxiliary = data.Surrogate(data.load(case.auxiliary, split="train", size=case.size, root=root))
     trapdoor, sent = None, model
+    server = torch.Generator().manual_seed(case.seed + SERVER_STREAM)
     if hasattr(case.attack, "plant"):
-        server = torch.Generator().manual_seed(case.seed + SERVER_STREAM)
         granted = auxiliary if case.threat.has_auxiliary_data else None
         sent, trapdoor = _of_the_attack(case.attack.plant, model, dataset.image_shape, granted, server)
     parts = torch.arange(len(batch)).tensor_split(case.clients)
@@ -149,6 +149,12 @@ def _observed(case: Case, model: Classifier, dataset: data.Dataset, batch: Batch
             rng=rng,
         )
         earlier.append(obs)
+        if hasattr(case.attack, "again"):  # such a server sends what it likes
+            asked = _of_the_attack(case.attack.again, obs, server) if len(earlier) < case.rounds else None
+            if asked is None:
+                break
+            sent, trapdoor = asked
+            continue
         with torch.no_grad():
             for name, p in sent.named_parameters() if isinstance(sent, torch.nn.Module) else ():
                 if case.rounds > 1 and p.requires_grad:

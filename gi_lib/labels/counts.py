@@ -18,19 +18,21 @@ from gi_lib.labels.layer import (
 )
 from gi_lib.types import Counts, Labels, NotApplicableError, Observation, PerClass, function, real, whole
 
+LARGEST = 2.0**40
+"""No count is above it; sums of so many are exact."""
+
 
 def apportion(raw: PerClass, total: int) -> Counts:
     """Whole numbers >= 0 that sum to `total` and are nearest to `raw`: the floors, and one more where the rest is
     largest (as public code of zero-shot counts rounds; in elections it is Hamilton's method)."""
-    n = raw.floor().clamp(min=0)
+    raw = raw.double()
+    n = raw.floor().clamp(0, LARGEST)
     rest = raw - n
     while short := total - int(n.sum()):
-        if short > 0:
-            chosen = rest.topk(min(short, len(n))).indices
-        else:
-            some = (n > 0).nonzero().flatten()
-            chosen = some[rest[some].topk(min(-short, len(some)), largest=False).indices]
-        step = 1 if short > 0 else -1
+        some = (n >= 0 if short > 0 else n > 0).nonzero().flatten()
+        chosen = some[rest[some].topk(min(abs(short), len(some)), largest=short > 0).indices]
+        step = abs(short) // len(chosen)  # where all change, that often at once: an absurd estimate is far off
+        step = step if short > 0 else -min(step, int(n[chosen].min()))
         n[chosen] += step
         rest[chosen] -= step
     return n.long()

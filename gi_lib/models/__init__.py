@@ -54,7 +54,15 @@ def with_front(model: Classifier, front: nn.Module) -> Classifier:
     """A copy of the classifier whose network sees front(x) in place of its normalised images x.
 
     The layers of both are at `net.front` and `net.back`.
+
+    Raises:
+        ValueError: the model has a front already.
     """
+    if [name for name, _ in model.net.named_children()] == ["front", "back"]:
+        raise ValueError(
+            "the model is planted already: it has a layer of a server's own before its network; plant on the model as"
+            " it was"
+        )
     back: nn.Module = deep_copy(model).net  # type: ignore[assignment]
     net = nn.Sequential(OrderedDict(front=front, back=back))
     planted = Classifier(net, mean=model.mean, std=model.std, num_classes=model.num_classes)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from gi_lib.results.pictures import bitmap, picture_path, read_picture, write_picture
+from gi_lib.results.pictures import bitmap, picture_path, pictured, read_picture, write_picture
 from gi_lib.results.summary import bootstrap, first_identified, plateau, summarise, usual_groups
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ __all__ = [
     "first_identified",
     "lock",
     "picture_path",
+    "pictured",
     "plateau",
     "read",
     "read_picture",

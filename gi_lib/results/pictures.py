@@ -1,13 +1,18 @@
-"""The picture of a case, `results/<study>/<key>.png`: lossless, the true images above the reconstructed ones."""
+"""The picture of a case, `results/<study>/<key>.png`: lossless, the true images above the reconstructed ones.
+
+Of a batch of more than MANY images it shows the first PICTURED, and says so within the file.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from gi_lib.types import Images
+
+MANY, PICTURED = 32, 8
 
 
 def picture_path(path: Path, key: str) -> Path:
@@ -25,24 +30,36 @@ def bitmap(rows: Sequence[Images]) -> Image.Image:
 def write_picture(path: Path, truth: Images, reconstruction: Images, *, zoom: int = 1) -> None:
     """Save true images above reconstructed ones, both [B, C, H, W] in [0, 1] in the same order, as 8-bit PNG.
 
-    Every pixel becomes `zoom` x `zoom`.
+    Every pixel becomes `zoom` x `zoom`. Of more than MANY images the first PICTURED are saved.
 
     Raises:
         OSError: the disk is full, or the file can't be written; then nothing is left of it.
     """
+    said = PngImagePlugin.PngInfo()
+    if len(truth) > MANY:
+        truth, reconstruction = truth[:PICTURED], reconstruction[:PICTURED]
+        said.add_text("images", str(PICTURED))
     image = bitmap([truth, reconstruction])
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         size = (zoom * image.width, zoom * image.height)
-        image.resize(size, Image.Resampling.NEAREST).save(path, "PNG", optimize=True)
+        image.resize(size, Image.Resampling.NEAREST).save(path, "PNG", optimize=True, pnginfo=said)
     except OSError:
         path.unlink(missing_ok=True)
         raise
 
 
+def pictured(path: Path, batch_size: int) -> int:
+    """How many images of a batch its picture shows, the first of them."""
+    with Image.open(path) as image:
+        return int(image.info.get("images", batch_size))
+
+
 def read_picture(path: Path, batch_size: int) -> tuple[Images, Images]:
-    """The true and the reconstructed images, each [B, C, H, W] in [0, 1], of a picture without zoom.
+    """The true and the reconstructed images, each [N, C, H, W] in [0, 1], of a picture without zoom.
+
+    N is the batch size, or what `pictured` says of a large batch.
 
     Raises:
         FileNotFoundError: there is no such picture.
@@ -50,6 +67,7 @@ def read_picture(path: Path, batch_size: int) -> tuple[Images, Images]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no picture at {path}; it is stored with the records, and a failed case has none")
     with Image.open(path) as image:
+        shown = int(image.info.get("images", batch_size))
         pixels = torch.from_numpy(np.atleast_3d(np.asarray(image)).copy()).permute(2, 0, 1) / 255
-    upper, lower = (torch.stack(row.chunk(batch_size, dim=2)) for row in pixels.chunk(2, dim=1))
+    upper, lower = (torch.stack(row.chunk(shown, dim=2)) for row in pixels.chunk(2, dim=1))
     return upper, lower

@@ -1,0 +1,106 @@
+"""Rows of a malicious server's own where they see every pixel, and the gradient that comes back in them."""
+
+import torch
+from torch import Tensor, nn
+
+from gi_lib.copies import deep_copy
+from gi_lib.models import with_front
+from gi_lib.models.layers import Shape, pixel_layer, probe, watched
+from gi_lib.types import Classifier, NotApplicableError, Observation
+
+
+class DenseFront(nn.Module):
+    """x + U relu(W x + b), for images x [B, C, H, W].
+
+    U [H, k] adds to each line of pixels a mixture of its own, so that neurons act on the network behind it in different
+    ways, as they do in a network that begins with a dense layer.
+
+    Args:
+        weight: W [k, C H W].
+        bias: b [k].
+        lines: H.
+        rng: draws U from N(0, 1 / k^2).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, lines: int, rng: torch.Generator):
+        super().__init__()
+        rows, pixels = weight.shape
+        self.measure, self.spread = nn.Linear(pixels, rows), nn.Linear(rows, lines, bias=False)
+        with torch.no_grad():
+            self.measure.weight.copy_(weight)
+            self.measure.bias.copy_(bias)
+            self.spread.weight.copy_(torch.randn(lines, rows, generator=rng) / rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.measure(x.flatten(1)).relu()
+        return x + self.spread(a)[:, None, :, None]
+
+
+def plant_rows(
+    model: Classifier, image_shape: Shape, weight: Tensor, bias: Tensor, rng: torch.Generator
+) -> tuple[Classifier, str]:
+    """A copy of the classifier with rows relu(W x + b) on its normalised pixels, and the name of their layer.
+
+    A first layer that is dense on the pixels, with a bias and a ReLU module behind it, takes them in place of its own
+    first rows, as many as it has: parameters change, and nothing else. Any other model gets a DenseFront before it.
+
+    Args:
+        weight: W [k, C H W], bias: b [k].
+
+    Raises:
+        ValueError: the model has a front already.
+    """
+    p = next(model.parameters())
+    weight, bias = weight.to(p.device, p.dtype), bias.to(p.device, p.dtype)
+    name = _dense_with_relu(model, image_shape)
+    if name is None:
+        front = DenseFront(weight, bias, image_shape[1], rng).to(p.device, p.dtype)
+        return with_front(model, front), "net.front.measure"
+    planted: Classifier = deep_copy(model)  # type: ignore[assignment]
+    layer, (_, _, pixels) = planted.get_submodule(name), pixel_layer(model, image_shape)
+    k = min(len(weight), len(layer.weight))  # type: ignore[arg-type]
+    with torch.no_grad():
+        layer.weight[:k, pixels] = weight[:k]  # type: ignore[operator]
+        layer.bias[:k] = bias[:k]  # type: ignore[operator]
+    return planted, name
+
+
+def _dense_with_relu(model: Classifier, image_shape: Shape) -> str | None:
+    try:
+        name = pixel_layer(model, image_shape)[0].removesuffix(".weight")
+    except NotApplicableError:
+        return None
+    ran: list[nn.Module] = []
+    leaves = [layer for layer in model.modules() if not list(layer.children())]
+    watched(model, leaves, probe(model, image_shape), lambda layer, *_: ran.append(layer))
+    behind = ran[ran.index(model.get_submodule(name)) + 1 :][:1]
+    return name if behind and isinstance(behind[0], nn.ReLU) else None
+
+
+def planted_rows(obs: Observation) -> tuple[Tensor, Tensor]:
+    """The weight [k, C H W], in the order of the pixels, and the bias [k] of the planted layer."""
+    return _planted(obs, dict(obs.model.named_parameters()))
+
+
+def planted_gradient(obs: Observation) -> tuple[Tensor, Tensor]:
+    """Their gradients.
+
+    Raises:
+        NotApplicableError: the model is not the one that was planted, or the client has frozen the layer.
+    """
+    return _planted(obs, obs.gradient)
+
+
+def _planted(obs: Observation, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    *names, pixels = pixel_layer(obs.model, obs.image_shape)
+    if names != [f"{obs.trapdoor}.weight", f"{obs.trapdoor}.bias"]:
+        raise NotApplicableError(
+            f"the trapdoor is the layer {obs.trapdoor!r}, and the first dense layer on the pixels is that of {names};"
+            " let clients train the model that `plant` returned beside this trapdoor"
+        )
+    if frozen := [name for name in names if name not in tensors]:
+        raise NotApplicableError(
+            f"{', '.join(frozen)} of the planted layer are frozen, and no gradient of theirs is sent; plant where the"
+            " client trains"
+        )
+    return tensors[names[0]][:, pixels], tensors[names[1]]
