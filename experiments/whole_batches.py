@@ -13,7 +13,6 @@ a rate of .001, this study 3,000 and .005.
 from dataclasses import dataclass
 
 from gi_lib.attacks import SPEAR, CocktailParty, SPEARpp
-from gi_lib.attacks.cocktail import FastICA
 from gi_lib.bench import Case
 
 LIMIT = 1800
@@ -63,7 +62,7 @@ PARTIES = {
     "cocktail party": CocktailParty(**PARTY),
     "no negentropy": CocktailParty(w_ne=0.0, **PARTY),
     "heavier prior": CocktailParty(w_tv=10.0, **PARTY),
-    "FastICA": FastICA(),
+    "FastICA": CocktailParty(fast_ica=200),
 }
 PLAN += [
     Row("party", name, cases(attack, "fc2", "cifar100", B, 3 if B <= 32 else 1, 1 if B <= 16 else 3, double=False))
