@@ -54,6 +54,7 @@ WANTED = (  # network, evaluations, setting, stage of the queue
     ("convnet", 300, "tuned", 6),
     ("convnet", 300, "default", 7),
     ("convnet", 2000, "tuned", 9),
+    ("convnet", 2000, "default", 9),
 )
 
 

@@ -290,7 +290,7 @@ def test_the_paper_of_each_technique_has_its_authors_and_year_as_the_bibliograph
     for entry in source.split("\n@")[1:]:
         if re.search(rf"\byear\s*=\s*\{{{year}\}}", entry):
             names = re.search(r"\bauthor\s*=\s*{(.*?)},\n", entry, re.DOTALL)[1]
-            names = names.replace('{\\"o}', "oe").replace("{\\'c}", "c")
+            names = names.replace('{\\"o}', "oe").replace('{\\"u}', "ue").replace("{\\'c}", "c")
             known.append([" ".join(name.split()).partition(",")[0] for name in re.split(r"\s+and\s+", names)])
     assert said in known, about
 

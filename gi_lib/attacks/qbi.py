@@ -1,4 +1,5 @@
-"""QBI and PAIRS (Nowak, Bott, Khachaturov, Puppe, Krenzer, Hekalo, 2406.18745).
+"""QBI and PAIRS (Nowak, Bott, Khachaturov, Puppe, Krenzer, Hekalo, 2024,
+arXiv:2406.18745).
 
 As trap weights, a malicious server writes the rows of a first dense ReLU layer so that
 each is lit by one image of a batch of B, and reads the bias ratio of rows lit by one

@@ -1,5 +1,5 @@
-"""Trap weights (Boenisch, Dziedzic, Schuster, Shamsabadi, Shumailov, Papernot, "When
-the curious abandon honesty", EuroS&P 2023, 2112.02918).
+"""Trap weights (Boenisch, Dziedzic, Schuster, Shamsabadi, Shumailov, Papernot, EuroS&P
+2023, 2112.02918): "When the curious abandon honesty".
 
 A malicious server writes the rows of a first dense ReLU layer so that each is lit by
 few images. Of a row w half of the pixels, drawn at random, get -|N(0, sigma)|, and the
