@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from gi_lib.attacks import BatchNormUpdate, FedLeak
 from gi_lib.attacks.bn_update import Exact, Inferred, Proxy, Running, Target
-from gi_lib.bench import Case
+from gi_lib.bench import Case, protocol
 from gi_lib.federated import granted
 from gi_lib.matching import cosine
 
@@ -85,7 +85,7 @@ FEDLEAK = [
         4,
         32,
         cases(
-            FedLeak(steps=EVALUATIONS // (2 if mix else 1), lr=0.3, tv=0.01, fraction=fraction, mix=mix),
+            protocol.at_budget(FedLeak(lr=0.3, tv=0.01, fraction=fraction, mix=mix), EVALUATIONS),
             "resnet18",
             4,
             4,

@@ -121,6 +121,11 @@ def patterned(obs: Observation, width: int, draw: Callable[..., Tensor] = torch.
     return begin
 
 
+def no_more(obs: Observation, most: int) -> int:
+    """So many images, or as many as the batch has, where its size is known and smaller."""
+    return most if obs.batch_size is None else min(most, obs.batch_size)
+
+
 def certified(obs: Observation, images: Tensor, label_rule: LabelRule) -> Reconstruction:
     """What a closed form found, with its certificate: whether these images have the observed gradient.
 

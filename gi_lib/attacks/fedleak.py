@@ -146,6 +146,11 @@ class FedLeak:
             )
         function(self, "choose", "distance", "label_rule")
 
+    @property
+    def evaluations_a_step(self) -> int:
+        """Of the gradient, for each start."""
+        return 2 if self.mix else 1
+
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)
         y, pixels = self.label_rule(obs), Pixels(obs.model.mean, obs.model.std)

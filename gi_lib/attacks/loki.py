@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from gi_lib.copies import deep_copy
 from gi_lib.models import with_front
+from gi_lib.search import no_more
 from gi_lib.types import (
     Auxiliary,
     Classifier,
@@ -159,8 +160,7 @@ class LOKI:
 
     def at_most(self, obs: Observation) -> int:
         """A bin gives each client one image; no more are lit than there are images."""
-        most = self.clients * self.bins
-        return most if obs.batch_size is None else min(most, obs.batch_size)
+        return no_more(obs, self.clients * self.bins)
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)

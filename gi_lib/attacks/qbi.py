@@ -34,6 +34,7 @@ from torch import Tensor
 
 from gi_lib.attacks.trap_weights import alone
 from gi_lib.models.planted import plant_rows
+from gi_lib.search import no_more
 from gi_lib.types import (
     Auxiliary,
     Classifier,
@@ -165,7 +166,7 @@ class QBI:
 
     def at_most(self, obs: Observation) -> int:
         """No more images than there are, and than there are rows."""
-        return self.rows if obs.batch_size is None else min(self.rows, obs.batch_size)
+        return no_more(obs, self.rows)
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from gi_lib import labels
 from gi_lib.models import with_front
-from gi_lib.search import certified
+from gi_lib.search import certified, no_more
 from gi_lib.types import (
     Auxiliary,
     Classifier,
@@ -149,7 +149,7 @@ class RobbingTheFed:
 
     def at_most(self, obs: Observation) -> int:
         """A bin gives one image, and no more bins are lit than there are images."""
-        return self.bins if obs.batch_size is None else min(self.bins, obs.batch_size)
+        return no_more(obs, self.bins)
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)

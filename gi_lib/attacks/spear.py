@@ -23,8 +23,8 @@ Needs a dense layer on the pixels with a bias and a ReLU behind it, B < min(m, n
 images that each leave more than tau m neurons dark. B is the rank; it need not be
 known. Certified is what has lambda 1 and, in a simulated client, the observed gradient.
 
-We know the paper's steps from its abstract and second hand; its code was in no archive
-that we reached. Ours: the factors are those of the SVD, rows of L have norm 1, dark
+Departs from the paper, whose steps we know from its abstract and second hand, and whose
+code we could not read: the factors are those of the SVD, rows of L have norm 1, dark
 rows are dropped, a kept q becomes the null vector of all its zero rows, and the
 tolerances follow from the gradient's precision, or from its singular value B + 1.
 """

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from gi_lib import labels
 from gi_lib.models.planted import plant_rows, planted_gradient, planted_rows
-from gi_lib.search import certified
+from gi_lib.search import certified, no_more
 from gi_lib.types import (
     Auxiliary,
     Classifier,
@@ -123,7 +123,7 @@ class TrapWeights:
 
     def at_most(self, obs: Observation) -> int:
         """No more images than there are, and than there are rows."""
-        return self.rows if obs.batch_size is None else min(self.rows, obs.batch_size)
+        return no_more(obs, self.rows)
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)

@@ -48,12 +48,13 @@ def images(model: str) -> range:
 def at_budget(attack: Any, evaluations: int) -> Any:
     """The attack with as many steps as a budget allows.
 
-    A step has one evaluation for each start; with L-BFGS up to `max_iter`, with a gradient that is looked up ahead two.
+    A step has one evaluation for each start; with L-BFGS up to `max_iter`, or as many as the attack says by
+    `evaluations_a_step`.
 
     Raises:
         ValueError: the budget is less than one step.
     """
-    each = getattr(attack, "max_iter", 1) * getattr(attack, "restarts", 1) * (2 if getattr(attack, "mix", 0) else 1)
+    each = getattr(attack, "evaluations_a_step", getattr(attack, "max_iter", 1)) * getattr(attack, "restarts", 1)
     if evaluations < each:
         raise ValueError(
             f"a budget of {evaluations} gradient evaluations is less than one step of {type(attack).__name__}, which"

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from gi_lib.copies import deep_copy
 from gi_lib.models import with_front
-from gi_lib.models.layers import Shape, pixel_layer, probe, watched
+from gi_lib.models.layers import Shape, pixel_layer, zeros_follow
 from gi_lib.types import Classifier, NotApplicableError, Observation
 
 
@@ -41,7 +41,7 @@ def plant_rows(
 ) -> tuple[Classifier, str]:
     """A copy of the classifier with rows relu(W x + b) on its normalised pixels, and the name of their layer.
 
-    A first layer that is dense on the pixels, with a bias and a ReLU module behind it, takes them in place of its own
+    A first layer that is dense on the pixels, with a bias and a ReLU behind it, takes them in place of its own
     first rows, as many as it has: parameters change, and nothing else. Any other model gets a DenseFront before it.
 
     Args:
@@ -67,14 +67,10 @@ def plant_rows(
 
 def _dense_with_relu(model: Classifier, image_shape: Shape) -> str | None:
     try:
-        name = pixel_layer(model, image_shape)[0].removesuffix(".weight")
+        weight = pixel_layer(model, image_shape)[0]
     except NotApplicableError:
         return None
-    ran: list[nn.Module] = []
-    leaves = [layer for layer in model.modules() if not list(layer.children())]
-    watched(model, leaves, probe(model, image_shape), lambda layer, *_: ran.append(layer))
-    behind = ran[ran.index(model.get_submodule(name)) + 1 :][:1]
-    return name if behind and isinstance(behind[0], nn.ReLU) else None
+    return weight.removesuffix(".weight") if zeros_follow(model, weight, image_shape) else None
 
 
 def planted_rows(obs: Observation) -> tuple[Tensor, Tensor]:
