@@ -44,6 +44,11 @@ ALL = [(model, dataset) for model in protocol.MODELS for dataset in protocol.DAT
 CIFAR10 = [(model, "cifar10") for model in protocol.MODELS]
 OTHERS = [pair for pair in ALL if pair not in CIFAR10]
 SEEDS = 4  # of techniques that combine several starts; the steps of all of them count
+STATISTICS = {  # the attacker of the survey has none of the batch; HF-GradInv takes the model's running ones
+    "gradinversion": GradInversion(bn=0.0, restarts=SEEDS),
+    "e2egi": E2EGI(bn=0.0, restarts=SEEDS),
+    "hf_gradinv": HFGradInv(),
+}
 CHAINS = [(model, dataset) for model in ("cnn6", "lenet") for dataset in ("mnist", "cifar10", "cifar100")]
 """Where R-GAP can go back. At 64 px a layer of these has up to 13,068 unknowns: minutes an image, gigabytes."""
 WANTED = (  # technique, its attack, setting, rung, stage of the queue, cells
@@ -70,14 +75,7 @@ WANTED = (  # technique, its attack, setting, rung, stage of the queue, cells
             ("fedleak", FedLeak()),
         )
     ),
-    *(  # the attacker of the survey has no statistics of the batch; HF-GradInv takes the model's running ones
-        (name, attack, "default", 2, 4, CIFAR10)
-        for name, attack in (
-            ("gradinversion", GradInversion(bn=0.0, restarts=SEEDS)),
-            ("e2egi", E2EGI(bn=0.0, restarts=SEEDS)),
-            ("hf_gradinv", HFGradInv()),
-        )
-    ),
+    *((name, attack, "default", 2, 4, CIFAR10) for name, attack in STATISTICS.items()),
     ("sapag", SAPAG(), "tuned", 2, 7, CIFAR10),
     ("practical_recipe", PracticalRecipe(), "tuned", 2, 6, CIFAR10),
 )
