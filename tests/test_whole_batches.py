@@ -92,6 +92,16 @@ def test_a_wrong_column_is_exchanged(rng):
     assert share < 1
 
 
+def test_mixtures_of_images_that_leave_the_same_rows_dark_do_not_keep_columns_out():
+    """Pixels that are all positive light the same rows; vectors in the plane of two columns then have many zeros."""
+    rng, model = torch.Generator().manual_seed(0), network(400)
+    model.mean.fill_(0)
+    model.std.fill_(1)
+    obs, batch = seen(6, rng, model=model)
+    rec = SPEAR(draws=20_000)(obs, rng)
+    assert evaluate(rec, batch, download=False).psnr.min() > 140 and rec.notes["certified"]
+
+
 def test_two_equal_images_are_one(rng):
     one = images(3, rng)
     twice = Batch(torch.cat([one.images, one.images[:1]]), torch.cat([one.labels, one.labels[:1]]))

@@ -149,15 +149,20 @@ def null_vectors(A: Tensor) -> Tensor:
     return torch.linalg.qr(A.mT, mode="complete").Q[..., -1]
 
 
+def alike(q: Tensor, others: Tensor, eps: float) -> Tensor:
+    """Which of q [N, B] and of others [M, B] are the same, up to sign: [N, M]."""
+    return (q @ others.T).abs() > 1 - max(SAME, eps)
+
+
 def once(q: Tensor, eps: float) -> Tensor:
-    """Those of q [N, B] that are not the same, up to sign, as one before them."""
-    same = (q @ q.T).abs() > 1 - max(SAME, eps)
-    return q[~same.tril(-1).any(1)]
+    """Those of q [N, B] that are not the same as one before them."""
+    return q[~alike(q, q, eps).tril(-1).any(1)]
 
 
 def sparsest(seen: Mixture, q: Tensor, tau: float) -> Tensor:
     """Those of q [N, B] with at least tau m zeros [K, B], the sparsest first, each one
-    once, and each as the null vector of all its zero rows.
+    once, and each as the null vector of all its zero rows. Of too many, those stay that
+    do not lie in the span of sparser ones.
 
     The square root of eps is zero for the null vector of B - 1 rows, which may be
     nearly dependent; that of many rows is known better.
@@ -166,7 +171,11 @@ def sparsest(seen: Mixture, q: Tensor, tau: float) -> Tensor:
     count = zeros.sum(1) + seen.dark
     order = count.argsort(descending=True)
     order = order[count[order] >= tau * (len(seen.L) + seen.dark)]
-    q = once(q[order], seen.eps)[: MOST * seen.rank]
+    q = once(q[order], seen.eps)
+    if len(q) > MOST * seen.rank:  # mixtures of images that leave the same rows dark
+        first = torch.zeros(len(q), dtype=torch.bool)
+        first[independent(q)] = True
+        q = q[first.int().argsort(descending=True, stable=True)[: MOST * seen.rank]]
     for power in 0.5, 0.6, 0.75:  # an entry that is small, but not zero, drops out
         zeros = (q @ seen.L.T).abs() < seen.eps**power
         null = [torch.linalg.svd(seen.L[z]).Vh[-1] for z in zeros]
@@ -248,7 +257,7 @@ def incomplete(found: int, rank: int, spent: str) -> ValueError:
 @dataclass(frozen=True)
 class SPEAR:
     needs: ClassVar[Needs] = Needs(model=(dense_before_relu,))
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
 
     draws: int = 2_000_000  # at most
     chunk: int = 2000  # draws at once
@@ -274,7 +283,7 @@ class SPEAR:
             order = torch.rand(self.chunk, len(seen.L), generator=rng).argsort(1)
             new = sparsest(seen, null_vectors(seen.L[order[:, : B - 1]]), self.tau)
             more = sparsest(seen, torch.cat([q, new]), self.tau)
-            if len(more) > len(q):
+            if not alike(more, q, seen.eps).any(1).all():
                 q, found = more, chosen(seen, more) or found
         if found is None:
             raise incomplete(len(independent(q)), B, f"{drawn} draws")
