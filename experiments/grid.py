@@ -23,7 +23,7 @@ WANTED = {
     "QBI": (QBI(batch=BATCH, **PIXELS), SERVER),
     "PAIRS": (QBI(batch=BATCH, rule=qbi.pairs), WITH_DATA),
     "Robbing the Fed": (RobbingTheFed(bins=128), WITH_DATA),
-    "LOKI": (LOKI(), WITH_DATA),
+    "LOKI": (LOKI(clients=2), WITH_DATA),  # of four images each
 }
 
 
@@ -39,6 +39,7 @@ class Cell:
 
 def cases(attack, threat: ThreatModel, model: str, dataset: str) -> list[Case]:
     own = {"size": protocol.DATASETS[dataset], "threat": threat, "profile": "survey"}
+    own["clients"] = getattr(attack, "clients", 1)
     if threat.has_auxiliary_data:
         own["auxiliary"] = protocol.TUNED_ON[dataset] if dataset == "imagenet" else dataset
     batches = [tuple(range(BATCH * i, BATCH * (i + 1))) for i in range(BATCHES)]
