@@ -8,11 +8,12 @@ images without projected starts too.
 party: FC2 and CIFAR-100, from 8 to 128 images: the cocktail party attack with its README's weights, without its
 negentropy as its public code runs, with a prior three times as heavy, and FastICA. The README has 25,000 iterations and
 a rate of .001, this study 3,000 and .005.
+features: the cocktail party attack behind the convolutions of cnn2, on CIFAR-10; one, four, eight and sixteen images.
 """
 
 from dataclasses import dataclass
 
-from gi_lib.attacks import SPEAR, CocktailParty, SPEARpp
+from gi_lib.attacks import SPEAR, CocktailFeatures, CocktailParty, SPEARpp
 from gi_lib.bench import Case
 
 LIMIT = 1800
@@ -68,6 +69,10 @@ PLAN += [
     Row("party", name, cases(attack, "fc2", "cifar100", B, 3 if B <= 32 else 1, 1 if B <= 16 else 3, double=False))
     for name, attack in PARTIES.items()
     for B in (8, 16, 32, 64, 128)
+]
+PLAN += [
+    Row("features", "cocktail party", cases(CocktailFeatures(), "cnn2", "cifar10", B, 3, 2, double=False))
+    for B in (1, 4, 8, 16)
 ]
 PLAN += [Row("long", "cifar10", cases(SPEAR(draws=8_000_000), "dense6", "cifar10", 20, 2, 4))]
 CASES = sorted((case for row in PLAN for case in row.cases), key=lambda case: case.stage)

@@ -32,7 +32,7 @@ def search(
     loss: OneGuess,
     match: OneGuess,
     image: OneGuess,
-    labels: OneGuess,
+    labels: OneGuess | None,
     optimiser: Optimiser,
     project: Callable[..., None] | None = None,
     each: Each | None = None,
@@ -47,7 +47,7 @@ def search(
         loss: what is minimised; see `minimise`, which takes `project`, `each` and `best` too.
         match: the distance to the observed gradient at the image that is returned: by it restarts are compared.
         image: the variables -> images [B, C, H, W]; what lies outside [0, 1] is clipped.
-        labels: the variables -> labels [B].
+        labels: the variables -> labels [B]; None seeks none.
         notes: the variables -> what else there is to say of the guess that is returned.
         frames: snapshots to keep.
 
@@ -78,7 +78,7 @@ def search(
         images = image(*chosen).clamp(0, 1)
     return Reconstruction(
         images=images,
-        labels=labels(*chosen),
+        labels=labels(*chosen) if labels else None,
         loss=found.losses[row].item(),
         trace=found.trace,
         losses=found.losses,

@@ -39,6 +39,7 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     "bias_ratio": ({}, "mlp", {}),
     "bn_update": ({"steps": 5, "restarts": 2}, "resnet20", {"knows_buffers": True}),
     "cocktail": ({"iterations": 5}, "mlp", {}),
+    "cocktail_features": ({"iterations": 5, "steps": 5}, "cnn2", {}),
     "copa": ({"iterations": 5}, "cnn6", {}),
     "cpl": ({"steps": 5, "max_iter": 2, "restarts": 2, "pattern": 5, "label": 0.5}, "lenet", {}),
     "dlg": ({"steps": 5, "max_iter": 2, "restarts": 2}, "lenet", {}),

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from gi_lib import Batch, Client, NotApplicableError, ThreatModel, data, evaluate, models, observe
-from gi_lib.attacks import SPEAR, CocktailParty, SPEARpp, cocktail, spear
+from gi_lib.attacks import SPEAR, CocktailFeatures, CocktailParty, SPEARpp, cocktail, spear
+from gi_lib.copies import input_of
 from gi_lib.defenses import GaussianNoise
 
 SHAPE = (3, 10, 10)
@@ -169,7 +170,7 @@ def photographs(size):
 
 def test_sources_are_white_and_a_rotation_of_them_is_the_batch():
     obs, batch = photographs(4)
-    G, Xw = cocktail.whitened(obs, 4)
+    G, Xw = cocktail.whitened(obs.gradient["net.1.weight"], 4)
     torch.testing.assert_close(Xw @ Xw.T / Xw.shape[1], torch.eye(4), rtol=0, atol=1e-4)
     x = ((batch.images - obs.model.mean) / obs.model.std).flatten(1)
     V = torch.linalg.lstsq(G.T, x.T).solution.T
@@ -206,3 +207,33 @@ def test_too_low_a_rank_is_refused(rng):
     obs = observe(model, Batch(one.images, one.labels), rng=rng)
     with pytest.raises(NotApplicableError, match="has rank 1, and 2 images need as much"):
         CocktailParty()(obs, rng)
+
+
+def test_features_behind_convolutions_are_separated_and_inverted(rng):
+    """One image has one source, its features; two are told apart better than their mixtures are."""
+    own = data.load("photos", size=16)
+    model = models.build("cnn2", num_classes=own.num_classes, image_shape=(3, 16, 16), mean=own.mean, std=own.std)
+    one = own.batch([0])
+    rec = CocktailFeatures(iterations=1, steps=400, w_tv=0.01)(observe(model, one, rng=rng), rng)
+    assert evaluate(rec, one, download=False).psnr.item() > 15 and rec.labels is None
+
+    four = own.batch(range(0, 12, 3))
+    obs = observe(model, four, rng=rng)
+    h = input_of(model, "net.7.weight", four.images)
+    mixed, separated = (CocktailFeatures(iterations=n).sources(obs.gradient["net.7.weight"], 4) for n in (1, 1000))
+
+    def agree(z):
+        return torch.corrcoef(torch.cat([z, h]))[:4, 4:].abs().amax(1).mean()
+
+    assert agree(separated) > agree(mixed) + 0.05
+    assert (separated.clamp(min=0).norm(dim=1) >= separated.clamp(max=0).norm(dim=1)).all()
+
+
+def test_features_need_a_dense_layer_behind_others(rng):
+    model, batch = network(), images(2, rng)
+    with pytest.raises(NotApplicableError, match="is given the pixels; use CocktailParty"):
+        CocktailFeatures()(observe(model, batch, rng=rng), rng)
+    for layer in model.net[1::2]:
+        layer.weight.requires_grad_(False)
+    with pytest.raises(NotApplicableError, match="has none, or has it frozen"):
+        CocktailFeatures()(observe(model, batch, rng=rng), rng)

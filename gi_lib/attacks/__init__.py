@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gi_lib.attacks.bias_ratio import BiasRatio
     from gi_lib.attacks.bn_update import BatchNormUpdate
     from gi_lib.attacks.cocktail import CocktailParty
+    from gi_lib.attacks.cocktail_features import CocktailFeatures
     from gi_lib.attacks.copa import COPA
     from gi_lib.attacks.cpl import CPL
     from gi_lib.attacks.dlg import DLG
@@ -77,6 +78,7 @@ ATTACKS = Registry(
         "bias_ratio": "BiasRatio",
         "bn_update": "BatchNormUpdate",
         "cocktail": "CocktailParty",
+        "cocktail_features": "CocktailFeatures",
         "copa": "COPA",
         "cpl": "CPL",
         "dlg": "DLG",
@@ -120,6 +122,7 @@ __all__ = [
     "BatchNormUpdate",
     "BayesOptimal",
     "BiasRatio",
+    "CocktailFeatures",
     "CocktailParty",
     "FedAvgEpochs",
     "FedLeak",

@@ -23,7 +23,7 @@ iterations), which tries both signs. That code, as published, computes the negen
 and puts zero in its place: w_ne = 0 is what it runs. `fast_ica` has independence alone,
 without a prior, and is there to compare. Departs from the code: the pairs i = j, a
 constant, are left out, and the iterations are fewer. The route through the features of
-a convolutional network is not here.
+a convolutional network is in cocktail_features.
 """
 
 import math
@@ -48,24 +48,40 @@ from gi_lib.types import (
 )
 
 
-def whitened(obs: Observation, B: int) -> tuple[Tensor, Tensor]:
+def whitened(gW: Tensor, B: int) -> tuple[Tensor, Tensor]:
     """W gW and W (gW - mean), both [B, n], where the second has covariance 1.
 
     Raises:
         NotApplicableError: the rank is under B.
     """
-    weight, _, pixels = pixel_layer(obs.model, obs.image_shape)
-    gW = obs.gradient[weight][:, pixels]
     centred = gW - gW.mean(1, keepdim=True)
     U, S, _ = torch.linalg.svd(centred, full_matrices=False)
     rank = int((torch.finfo(gW.dtype).eps ** 0.75 * S[0] < S).sum())
     if rank < B:
         raise NotApplicableError(
-            f"the gradient of the first layer has rank {rank}, and {B} images need as"
-            " much; take a wider layer or a smaller batch"
+            f"the gradient of the first dense layer has rank {rank}, and {B} images"
+            " need as much; take a wider layer or a smaller batch"
         )
     W = U[:, :B].T * (gW.shape[1] ** 0.5 / S[:B, None])
     return W @ gW, W @ centred
+
+
+def unit(V: Tensor) -> Tensor:
+    """Rows of norm 1."""
+    return V / V.norm(dim=1, keepdim=True)
+
+
+def negentropy(s: Tensor, a: float) -> Tensor:
+    """mean_i (mean_p log cosh(a s_ip) / a)^2 of sources s [B, n]."""
+    y = (a * s).abs()
+    log_cosh = y + torch.log1p(torch.exp(-2 * y)) - math.log(2)
+    return (log_cosh.mean(1) / a).square().mean()
+
+
+def correlation(v: Tensor, T: float) -> Tensor:
+    """mean_ij (exp(T |v_i . v_j|) - 1), i != j, of rows v [B, B] of norm 1."""
+    B = len(v)
+    return ((T * (v @ v.T).abs()).exp() - 1).triu(1).sum() * 2 / B**2
 
 
 def stretched(s: Tensor) -> Tensor:
@@ -120,23 +136,17 @@ class CocktailParty:
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)
         B = obs.batch_size or 1
-        G, Xw = whitened(obs, B)
-
-        def unit(V: Tensor) -> Tensor:
-            return V / V.norm(dim=1, keepdim=True)
+        weight, _, pixels = pixel_layer(obs.model, obs.image_shape)
+        G, Xw = whitened(obs.gradient[weight][:, pixels], B)
 
         def images(V: Tensor) -> Tensor:
-            x = unit(V) @ G
-            return x.reshape(B, *obs.image_shape)
+            return (unit(V) @ G).reshape(B, *obs.image_shape)
 
         def loss(V: Tensor) -> Tensor:
             v = unit(V)
-            y = (self.a * (v @ Xw)).abs()
-            log_cosh = y + torch.log1p(torch.exp(-2 * y)) - 0.6931471805599453
-            negentropy = (log_cosh.mean(1) / self.a).square().mean()
-            alike = ((self.T * (v @ v.T).abs()).exp() - 1).triu(1).sum() * 2 / B**2
+            apart = self.w_dec * correlation(v, self.T)
             tv = total_variation(images(V))
-            return -self.w_ne * negentropy + self.w_dec * alike + self.w_tv * tv
+            return -self.w_ne * negentropy(v @ Xw, self.a) + apart + self.w_tv * tv
 
         def rebuilt(V: Tensor) -> Tensor:
             return told_apart(obs, images(V))

@@ -28,6 +28,7 @@ from gi_lib.attacks import (
     IDLG,
     RGAP,
     SME,
+    SPEAR,
     BatchNormUpdate,
     BiasRatio,
     FedAvgEpochs,
@@ -38,6 +39,7 @@ from gi_lib.attacks import (
 from gi_lib.attacks.bn_update import Inferred
 from gi_lib.audit import page
 from gi_lib.audit.facts import (
+    MOST_DRAWS,
     MOST_UNKNOWNS,
     PIECEWISE_LINEAR,
     Pictures,
@@ -402,7 +404,7 @@ def audit(
 NOT_HERE = (
     ("priors that are generative, untrained or of diffusion", "not in this package yet"),
     ("learned inversion", "not in this package yet"),
-    ("exact inversion of batches (cocktail party, SPEAR)", "not in this package yet"),
+    ("unmixing of batches (cocktail party, SPEAR++)", "an audit unmixes with SPEAR"),
     ("many rounds on the same data", "an audit looks at one round"),
     ("attackers who know the defense", "an audit's attackers take the update as it is"),
 )
@@ -618,6 +620,7 @@ def _closed_forms(case: _Case) -> list[Finding]:
     return [
         *_closed_form(case, BiasRatio(), "bias ratio", "one division"),
         *_closed_form(case, RGAP(), "R-GAP", "linear equations, layer by layer"),
+        *_closed_form(case, SPEAR(draws=MOST_DRAWS), "SPEAR", "null vectors of rows of a gradient"),
     ]
 
 
@@ -629,7 +632,7 @@ def _closed_form(case: _Case, attack: Any, name: str, cost: str) -> list[Finding
             if isinstance(attack, RGAP) and (size := largest_system(obs)) > MOST_UNKNOWNS:
                 raise NotApplicableError(f"a layer has {size:,} unknowns, and up to {MOST_UNKNOWNS:,} are solved here")
             results.append(_run(case, attack, target, obs))
-        except NotApplicableError as error:
+        except ValueError as error:  # it does not apply, or gives no image
             case.untried.append((f"closed form ({name})", str(error)))
             return []
     return [_images(case, f"Does a formula give the images? ({name})", results, case.attacker(attack), cost, "formula")]

@@ -23,6 +23,8 @@ PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.Hardtanh)
 SMOOTH = (nn.Sigmoid, nn.Tanh, nn.GELU, nn.SiLU, nn.ELU, nn.SELU, nn.Softplus, nn.Mish, nn.Hardswish)
 MOST_UNKNOWNS = 5000
 """In a layer's equations, so that R-GAP takes a minute or less."""
+MOST_DRAWS = 20_000
+"""Of SPEAR, for as long."""
 MARGIN = 8
 """More random directions than unknowns, so that their rank is that of the Jacobian."""
 
