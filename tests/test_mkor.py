@@ -216,7 +216,7 @@ def test_sides_that_do_not_halve_are_refused(rng):
 def test_a_planted_model_is_not_planted_again(rng):
     for name in ("mlp", "lenet", "cnn2"):
         planted, _ = MKOR().plant(model_of(name), SHAPE, None, rng)
-        with pytest.raises(ValueError, match="all rows of net.* are the same: the model is planted already"):
+        with pytest.raises(ValueError, match="net.* has the same row for each class: the model is planted already"):
             MKOR().plant(planted, SHAPE, None, rng)
 
 

@@ -58,9 +58,10 @@ class Carried:
     dense: str
 
 
-def alike(weight: Tensor) -> bool:
-    """Whether all rows of a dense layer are the same."""
-    return len(weight) > 1 and torch.equal(weight, weight[:1].expand_as(weight))
+def alike(weight: Tensor, classes: int) -> bool:
+    """Whether a dense layer has the same row for each class."""
+    rows = weight[:classes]
+    return torch.equal(rows, rows[:1].expand_as(rows))
 
 
 def separates(obs: Observation) -> str | None:
@@ -71,7 +72,7 @@ def separates(obs: Observation) -> str | None:
     if isinstance(trap, Carried):
         weight, bias = f"{trap.dense}.weight", f"{trap.dense}.bias"
         sent = {weight, bias} <= obs.gradient.keys()
-        if sent and weight in own and alike(own[weight]):
+        if sent and weight in own and alike(own[weight], obs.num_classes):
             return None
     return (
         "the update is not of a model that MKOR has planted, or its first dense layer"
@@ -100,10 +101,10 @@ class MKOR:
         steps, dense = steps_of(model, image_shape)
         planted: Any = deep_copy(model)
         first, *further = (planted.get_submodule(name) for name in dense)
-        if alike(first.weight):
+        if alike(first.weight, model.num_classes):
             raise ValueError(
-                f"all rows of {dense[0]} are the same: the model is planted already;"
-                " plant on the model as it was"
+                f"{dense[0]} has the same row for each class: the model is planted"
+                " already; plant on the model as it was"
             )
         with torch.no_grad():
             W = torch.full_like(first.weight, 1 / first.in_features)
