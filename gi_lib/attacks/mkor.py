@@ -14,7 +14,7 @@ logit of the last class K, p_K = 1 and p_c = 0 for every image, and
 in the first dense layer: the bias ratio of row c is the mean of h over the images of
 class c, which is an image's own where its class has no other. From h the way back
 through the convolutions is in models.carried: exact for a stride or a mean pool with
-shifts, half the pixels for one without, bounds for a max pool.
+shifts, half of the sides for one without, bounds for a max pool.
 
 Departs from the paper, of which its figures, README and code were read: its code has
 the negative logit as loss, without a softmax, where every class is read and no s is
