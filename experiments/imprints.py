@@ -1,4 +1,4 @@
-"""A malicious server: Robbing the Fed (Fowl et al., 2022), trap weights (Boenisch et al., 2023), QBI.
+"""A malicious server: Robbing the Fed (Fowl et al., 2022), trap weights (Boenisch et al., 2023), QBI, mKOR.
 
 PLAN says what a record is for; CASES are all of it. A batch of images is drawn from the test split by the number of the
 batch, which is the seed of its network too. The sample of ImageNet has no train split: there the server's own data are
@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from gi_lib.attacks import QBI, RobbingTheFed, TrapWeights, qbi, robbing_the_fed
+from gi_lib.attacks import MKOR, QBI, RobbingTheFed, TrapWeights, qbi, robbing_the_fed
 from gi_lib.bench import Case
 from gi_lib.bench.protocol import LARGE, MODELS
 from gi_lib.federated import Client, ThreatModel
 
 WITH_DATA = ThreatModel(malicious_server=True, has_auxiliary_data=True)
 NO_DATA = {"threat": ThreatModel(malicious_server=True), "auxiliary": None}
-SIZES = {"imagenet": 200, "cifar10": 2000}
+SIZES = {"imagenet": 200, "cifar10": 2000, "cifar100": 2000}
 """Images of a test split, as the project's data have it."""
 MEAN, STD = 0.473, 0.251
 """Of CIFAR-10's pixels, all channels together: what QBI is told where a model does not normalise."""
@@ -64,6 +64,9 @@ def rows_attacks(size: int):
 COST = {name: 3 if name in LARGE else 2 for name in MODELS}
 """The stage of a model's cases: what is cheap runs first."""
 
+CARRYING = {"lenet": 10, "cnn2": 10, "vgg11": 5}
+"""Networks whose convolutions mKOR can make carry an image, and on how many batches."""
+
 PLAN = [
     *(
         Row("rows", name, size, cases(attack, "mlp", "cifar10", size, range(3), **more))
@@ -90,6 +93,12 @@ PLAN = [
         Row("fronts", name, 50, cases(TrapWeights(), name, "cifar10", 50, range(2), stage=COST[name], **NO_DATA))
         for name in MODELS
         if name != "mlp"
+    ),
+    *(
+        Row(f"carried, {dataset}", name, size, cases(MKOR(), name, dataset, size, range(batches), **NO_DATA))
+        for dataset in ("cifar10", "cifar100")
+        for name, batches in CARRYING.items()
+        for size in (16, 64, 100)
     ),
 ]
 

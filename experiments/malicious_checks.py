@@ -3,10 +3,10 @@
 An mlp and a LeNet-5, trained on CIFAR-10 by SGD with momentum, are looked at after 0, 20, 200 and 600 steps, from three
 seeds; beside them a public ResNet-20. At each stage the checks of gi_lib.checks are asked of the honest model and of
 what a server makes of it, on 32 test images, of which some class has one: an imprint, fishing's first round and its
-cut, LOKI's model for one client, and, in the mlp's first layer, trap weights and QBI's rows for 32 images.
+cut, LOKI's model for one client, and, in the mlp, trap weights, QBI's rows for 32 images, and mKOR's dense layers.
 One row a model goes to a file of its own, in a folder that `results.read` does not look into.
 
-    python experiments/malicious_checks.py [--seeds 3]
+    python experiments/malicious_checks.py [--seeds 3] [--only PLANT]
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from gi_lib import Batch, ThreatModel, checks, data, models, observe, provenance, results
-from gi_lib.attacks import LOKI, QBI, Fishing, RobbingTheFed, TrapWeights
+from gi_lib.attacks import LOKI, MKOR, QBI, Fishing, RobbingTheFed, TrapWeights
 
 STAGES = (0, 20, 200, 600)
 SIZE = 32
@@ -58,6 +58,7 @@ def planted(name: str, model, batch: Batch, surrogate: data.Surrogate, images: t
         yield "trap weights", TrapWeights().plant(model, shape, None, rng)[0]
         mean, std = images.mean().item(), images.std().item()
         yield "QBI", QBI(batch=SIZE, mean=mean, std=std).plant(model, shape, None, rng)[0]
+        yield "mKOR", MKOR().plant(model, shape, None, rng)[0]
 
 
 def row(network: str, stage, seed: int, plant: str, model, batch: Batch) -> dict:
@@ -73,31 +74,35 @@ def with_a_rare_class(own: data.Dataset, first: int):
             yield batch
 
 
-def rows(seeds: int):
+def rows(seeds: int, only: str | None = None):
+    """All rows, or those of one plant."""
     own, train = data.load("cifar10"), data.load("cifar10", split="train")
     surrogate, images = data.Surrogate(train), train.batch(range(2000)).images
     for seed in range(seeds):
         batches = list(islice(with_a_rare_class(own, 200 * seed), 4))
         for name in ("lenet5", "mlp"):
             for step, model in trained(name, train, seed):
-                for batch in batches[:2]:
+                for batch in batches[: 2 if only in (None, "honest") else 0]:
                     yield row(name, step, seed, "honest", model, batch)
                 for plant, sent in planted(name, model, batches[0], surrogate, images, seed):
-                    yield row(name, step, seed, plant, sent, batches[0])
+                    if only in (None, plant):
+                        yield row(name, step, seed, plant, sent, batches[0])
         public = models.pretrained("cifar10_resnet20", root=data.root(None))
-        for batch in batches:
+        for batch in batches[: 4 if only in (None, "honest") else 0]:
             yield row("resnet20", "public weights", seed, "honest", public, batch)
         for plant, sent in planted("resnet20", public, batches[0], surrogate, images, seed):
-            yield row("resnet20", "public weights", seed, plant, sent, batches[0])
+            if only in (None, plant):
+                yield row("resnet20", "public weights", seed, plant, sent, batches[0])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("results/accounts/malicious_checks.jsonl"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", help="a plant, or honest: its rows alone")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    for found in rows(given.seeds):
+    for found in rows(given.seeds, given.only):
         made = {
             "versions": provenance.versions(),
             "commit": provenance.commit(),

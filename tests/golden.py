@@ -57,6 +57,7 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     "inverting_gradients": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "rgap": ({}, "cnn6", {}),
     "loki": ({"clients": 1, "bins": 8, "surrogates": 64}, "lenet", {"malicious_server": True}),
+    "mkor": ({}, "lenet", {"malicious_server": True}),
     "multiscale": ({"steps": 6, "stages": 3, "restarts": 2}, "lenet", {}),
     "practical_recipe": ({"steps": 5, "restarts": 2, "warm_up": 1}, "lenet", {}),
     "qbi": ({"rows": 40, "batch": 2}, "mlp", {"malicious_server": True}),

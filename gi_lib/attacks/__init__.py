@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gi_lib.attacks.idlg import IDLG
     from gi_lib.attacks.inverting_gradients import InvertingGradients
     from gi_lib.attacks.loki import LOKI
+    from gi_lib.attacks.mkor import MKOR
     from gi_lib.attacks.multiscale import Multiscale
     from gi_lib.attacks.practical_recipe import PracticalRecipe
     from gi_lib.attacks.qbi import QBI
@@ -91,6 +92,7 @@ ATTACKS = Registry(
         "idlg": "IDLG",
         "inverting_gradients": "InvertingGradients",
         "loki": "LOKI",
+        "mkor": "MKOR",
         "rgap": "RGAP",
         "multiscale": "Multiscale",
         "practical_recipe": "PracticalRecipe",
@@ -114,6 +116,7 @@ __all__ = [
     "E2EGI",
     "IDLG",
     "LOKI",
+    "MKOR",
     "QBI",
     "RGAP",
     "SAPAG",

@@ -187,13 +187,13 @@ def chain(model: Classifier, image_shape: Shape, further: tuple[type[nn.Module],
     value, links = (images - model.mean) / model.std, list[Link]()
     for module, given, output in ran:
         name = names[module]
-        if not _same(given, value):
+        if not same(given, value):
             raise NotApplicableError(
                 f"what enters {name} is not what the layer before it gives, as in a residual block or behind a function"
                 " that is no module; the way back needs a chain of modules. Use an attack that matches gradients"
             )
         value = output
-        if _same(given, output):
+        if same(given, output):
             continue
         if isinstance(module, nn.Conv2d | nn.Linear):
             _check(module, name, given, {link.name for link in links})
@@ -210,7 +210,7 @@ def chain(model: Classifier, image_shape: Shape, further: tuple[type[nn.Module],
     if (
         not links
         or not isinstance(links[-1].layer, nn.Linear)
-        or not (_same(value, logits) or _same(torch.cat([torch.zeros_like(value), value], 1), logits))
+        or not (same(value, logits) or same(torch.cat([torch.zeros_like(value), value], 1), logits))
     ):
         raise NotApplicableError(
             "the model does not end in a dense layer that gives its logits; use an attack that matches gradients"
@@ -218,7 +218,7 @@ def chain(model: Classifier, image_shape: Shape, further: tuple[type[nn.Module],
     return links
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
     return a.numel() == b.numel() and torch.equal(a.flatten(1), b.flatten(1))
 
 
