@@ -1,4 +1,4 @@
-"""A malicious server: Robbing the Fed (Fowl et al., 2022), trap weights (Boenisch et al., 2023), QBI, mKOR.
+"""A malicious server: Robbing the Fed (Fowl et al., 2022), trap weights (Boenisch et al., 2023), QBI, mKOR, VGIA, ARES.
 
 PLAN says what a record is for; CASES are all of it. A batch of images is drawn from the test split by the number of the
 batch, which is the seed of its network too. The sample of ImageNet has no train split: there the server's own data are
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from gi_lib.attacks import MKOR, QBI, RobbingTheFed, TrapWeights, qbi, robbing_the_fed
+from gi_lib.attacks import ARES, MKOR, QBI, VGIA, RobbingTheFed, TrapWeights, qbi, robbing_the_fed
 from gi_lib.bench import Case
 from gi_lib.bench.protocol import LARGE, MODELS
 from gi_lib.federated import Client, ThreatModel
@@ -100,6 +100,13 @@ PLAN = [
         for name, batches in CARRYING.items()
         for size in (16, 64, 100)
     ),
+    *(Row("certificate", "VGIA", size, cases(VGIA(), "mlp", "cifar10", size, range(10))) for size in (16, 64)),
+    *(
+        Row("inner layer", f"ARES, p = {p:g}", size, cases(ARES(p=p), "mlp", "cifar10", size, range(10)))
+        for size in (16, 64)
+        for p in (0.0, 1.0)
+    ),
+    Row("inner layer", "ARES, p = 1, cnn2", 16, cases(ARES(p=1.0), "cnn2", "cifar10", 16, range(3), stage=3)),
 ]
 
 CASES = sorted((case for row in PLAN for case in row.cases), key=lambda case: case.stage)

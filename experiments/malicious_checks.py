@@ -3,7 +3,8 @@
 An mlp and a LeNet-5, trained on CIFAR-10 by SGD with momentum, are looked at after 0, 20, 200 and 600 steps, from three
 seeds; beside them a public ResNet-20. At each stage the checks of gi_lib.checks are asked of the honest model and of
 what a server makes of it, on 32 test images, of which some class has one: an imprint, fishing's first round and its
-cut, LOKI's model for one client, and, in the mlp, trap weights, QBI's rows for 32 images, and mKOR's dense layers.
+cut, LOKI's model for one client, and, in the mlp's own layers, trap weights, QBI's rows for 32 images, mKOR, VGIA and
+ARES.
 One row a model goes to a file of its own, in a folder that `results.read` does not look into.
 
     python experiments/malicious_checks.py [--seeds 3] [--only PLANT]
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from gi_lib import Batch, ThreatModel, checks, data, models, observe, provenance, results
-from gi_lib.attacks import LOKI, MKOR, QBI, Fishing, RobbingTheFed, TrapWeights
+from gi_lib.attacks import ARES, LOKI, MKOR, QBI, VGIA, Fishing, RobbingTheFed, TrapWeights
 
 STAGES = (0, 20, 200, 600)
 SIZE = 32
@@ -59,6 +60,8 @@ def planted(name: str, model, batch: Batch, surrogate: data.Surrogate, images: t
         mean, std = images.mean().item(), images.std().item()
         yield "QBI", QBI(batch=SIZE, mean=mean, std=std).plant(model, shape, None, rng)[0]
         yield "mKOR", MKOR().plant(model, shape, None, rng)[0]
+        yield "VGIA", VGIA().plant(model, shape, surrogate, rng)[0]
+        yield "ARES", ARES().plant(model, shape, surrogate, rng)[0]
 
 
 def row(network: str, stage, seed: int, plant: str, model, batch: Batch) -> dict:

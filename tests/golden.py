@@ -35,6 +35,7 @@ SHAPE = (3, 12, 12)
 
 SETTINGS = {  # attack -> (its settings, a model without exact zeros in its gradients, facts, auxiliary data)
     "agic": ({"steps": 5, "restarts": 2}, "lenet", {}),
+    "ares": ({"bins": 8, "surrogates": 64, "iterations": 20}, "mlp", {"malicious_server": True}),
     "bayes": ({"steps": 5, "restarts": 2}, "lenet", {"knows_defense": True}),
     "bias_ratio": ({}, "mlp", {}),
     "bn_update": ({"steps": 5, "restarts": 2}, "resnet20", {"knows_buffers": True}),
@@ -66,6 +67,7 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     "sapag": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "sme": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "trap_weights": ({"rows": 40}, "lenet", {"malicious_server": True}),
+    "vgia": ({"slabs": 8, "surrogates": 64}, "lenet", {"malicious_server": True}),
     "spear": ({}, "mlp", {}),
     "spear_pp": ({}, "mlp", {}),
 }

@@ -22,6 +22,7 @@ from gi_lib import (
 )
 from gi_lib.attacks import (
     AGIC,
+    ARES,
     ATTACKS,
     COPA,
     CPL,
@@ -35,6 +36,7 @@ from gi_lib.attacks import (
     SAPAG,
     SME,
     SPEAR,
+    VGIA,
     BatchNormUpdate,
     BayesOptimal,
     BiasRatio,
@@ -69,6 +71,7 @@ from gi_lib.types import Needs
 
 CONTRACT = {  # name -> (a small instance, a model that suits it)
     "agic": (AGIC(steps=3, restarts=2, frames=2), "lenet"),
+    "ares": (ARES(bins=8, surrogates=64, iterations=20), "mlp"),
     "bayes": (BayesOptimal(steps=3, restarts=2, frames=2), "convnet"),
     "bias_ratio": (BiasRatio(), "mlp"),
     "bn_update": (BatchNormUpdate(steps=3, restarts=2, frames=2), "resnet20"),
@@ -96,6 +99,7 @@ CONTRACT = {  # name -> (a small instance, a model that suits it)
     "sapag": (SAPAG(steps=3, restarts=2, tv=1e-3, frames=2), "lenet"),
     "sme": (SME(steps=3, restarts=2, bend=0.01, frames=2), "lenet"),
     "trap_weights": (TrapWeights(rows=64), "lenet"),
+    "vgia": (VGIA(slabs=8, surrogates=64), "lenet"),
     "spear": (SPEAR(draws=400, chunk=200), "mlp"),
     "spear_pp": (SPEARpp(rounds=3, starts=20), "mlp"),
 }
@@ -270,6 +274,11 @@ def test_a_withheld_need_is_answered_by_an_error(granted, rng, key, field):
 
 
 BAD_SETTINGS = [
+    (ARES, {"bins": 1}, "ARES needs bins, a whole number >= 2, got 1"),
+    (ARES, {"p": -0.5}, "ARES needs p, a finite number >= 0, got -0.5"),
+    (ARES, {"iterations": 0}, "ARES needs iterations, a whole number >= 1, got 0"),
+    (VGIA, {"families": 1}, "VGIA needs families, a whole number >= 2, got 1"),
+    (VGIA, {"slabs": 1}, "VGIA needs slabs, a whole number >= 2, got 1"),
     (AGIC, {"last": 0.0}, "AGIC needs last, a finite number > 0, got 0.0"),
     (FedAvgEpochs, {"copies": -1}, "FedAvgEpochs needs copies, a whole number >= 0, got -1"),
     (FedAvgEpochs, {"invariance": -1.0}, "FedAvgEpochs needs invariance, a finite number >= 0"),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gi_lib import Batch, ThreatModel, checks, data, models, observe
-from gi_lib.attacks import LOKI, MKOR, QBI, Fishing, RobbingTheFed, TrapWeights
+from gi_lib.attacks import ARES, LOKI, MKOR, QBI, VGIA, Fishing, RobbingTheFed, TrapWeights
 
 DIGITS = data.load("digits")
 OWN = data.Surrogate(data.load("digits", split="train"))
@@ -67,6 +67,8 @@ def test_each_plant_is_refused_by_its_checks(batch, rng):
     assert "biases at quantiles" in refusals(solved, batch)
     carried, _ = MKOR().plant(model, SHAPE, None, rng)
     assert {"rank-one rows", "last layer's range"} <= refusals(carried, batch)
+    for attack in (VGIA(slabs=100), ARES(bins=32)):
+        assert "rank-one rows" in refusals(attack.plant(model, SHAPE, OWN, rng)[0], batch)
 
 
 def test_a_refusal_says_why_and_what_to_do(batch, rng):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gi_lib.attacks.agic import AGIC
+    from gi_lib.attacks.ares import ARES
     from gi_lib.attacks.bayes import BayesOptimal
     from gi_lib.attacks.bias_ratio import BiasRatio
     from gi_lib.attacks.bn_update import BatchNormUpdate
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from gi_lib.attacks.spear import SPEAR
     from gi_lib.attacks.spear_pp import SPEARpp
     from gi_lib.attacks.trap_weights import TrapWeights
+    from gi_lib.attacks.vgia import VGIA
 
 
 class Registry(Mapping[str, Any]):
@@ -75,6 +77,7 @@ class Registry(Mapping[str, Any]):
 ATTACKS = Registry(
     {
         "agic": "AGIC",
+        "ares": "ARES",
         "bayes": "BayesOptimal",
         "bias_ratio": "BiasRatio",
         "bn_update": "BatchNormUpdate",
@@ -102,6 +105,7 @@ ATTACKS = Registry(
         "sapag": "SAPAG",
         "sme": "SME",
         "trap_weights": "TrapWeights",
+        "vgia": "VGIA",
         "spear": "SPEAR",
         "spear_pp": "SPEARpp",
     }
@@ -109,6 +113,7 @@ ATTACKS = Registry(
 
 __all__ = [
     "AGIC",
+    "ARES",
     "ATTACKS",
     "COPA",
     "CPL",
@@ -122,6 +127,7 @@ __all__ = [
     "SAPAG",
     "SME",
     "SPEAR",
+    "VGIA",
     "BatchNormUpdate",
     "BayesOptimal",
     "BiasRatio",

@@ -136,14 +136,7 @@ class RobbingTheFed:
         seen = (images.to(p.device, p.dtype) - model.mean) / model.std
         h = self.measurement(seen[0].numel(), rng)
         measured = seen.flatten(1).cpu().double() @ h
-        q = measured.quantile(torch.arange(self.bins + 1).double() / self.bins)
-        q[0], q[-1] = q[0] - BELOW, q[-1] + BELOW
-        if (q.diff() <= 0).any():
-            raise ValueError(
-                f"{int((q.diff() <= 0).sum())} of {self.bins} bins are empty of width,"
-                f" as many of {len(images)} surrogates measure the same; take fewer"
-                " bins, or another measurement"
-            )
+        q = edges(measured, self.bins)
         imprint = Imprint(h, q, self.sparse).to(p.device, p.dtype)
         return with_front(model, imprint), "net.front.measure"
 
@@ -166,6 +159,19 @@ class RobbingTheFed:
         if obs.batch_size is not None and obs.batch_size > self.bins:
             facts["crowded"] = True  # more images than bins
         return dataclasses.replace(rec, notes=rec.notes | facts)
+
+
+def edges(measured: Tensor, bins: int) -> Tensor:
+    """q [bins + 1]: the quantiles of what was measured [N], the ends far outside."""
+    q = measured.quantile(torch.arange(bins + 1).double() / bins)
+    q[0], q[-1] = q[0] - BELOW, q[-1] + BELOW
+    if (q.diff() <= 0).any():
+        raise ValueError(
+            f"{int((q.diff() <= 0).sum())} of {bins} bins are empty of width,"
+            f" as many of {len(measured)} surrogates measure the same; take fewer"
+            " bins, or another measurement"
+        )
+    return q
 
 
 def measured_gradient(obs: Observation) -> tuple[Tensor, Tensor]:

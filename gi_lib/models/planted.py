@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from gi_lib.copies import deep_copy
 from gi_lib.models import with_front
-from gi_lib.models.layers import Shape, pixel_layer, zeros_follow
+from gi_lib.models.layers import Shape, dense_layers, pixel_layer, probe, zeros_follow
 from gi_lib.types import Classifier, NotApplicableError, Observation
 
 
@@ -63,6 +63,54 @@ def plant_rows(
         layer.weight[:k, pixels] = weight[:k]  # type: ignore[operator]
         layer.bias[:k] = bias[:k]  # type: ignore[operator]
     return planted, name
+
+
+def rows_of_its_own(model: Classifier, image_shape: Shape) -> int | None:
+    """How many rows `plant_rows` can replace; None where it puts a front before the model, which has all of them."""
+    name = _dense_with_relu(model, image_shape)
+    return None if name is None else len(model.get_submodule(name).weight)  # type: ignore[arg-type]
+
+
+def act_alike(model: Classifier, name: str, image_shape: Shape, family: Tensor, gain: float) -> int:
+    """Let neurons of a family act alike on what follows: each as the first of its family did, times `gain`.
+
+    Changes the model itself. Neurons act alike if the next dense layer, which must read their ReLU, has the same column
+    for them.
+
+    Args:
+        name: the dense layer.
+        family: [k] from 0 on, of its first k neurons.
+
+    Returns:
+        How many units the next layer has.
+
+    Raises:
+        NotApplicableError: something else than a ReLU and a dense layer follows.
+    """
+    layers, _ = dense_layers(model, probe(model, image_shape))
+    names = [layer.weight for layer in layers]
+    i = names.index(f"{name}.weight")
+    if i + 1 == len(layers) or not torch.equal(layers[i + 1].input, layers[i].output.relu()) or names[i + 1] is None:
+        raise NotApplicableError(
+            f"neurons of {name!r} are to act alike on the layer after them, and what follows is not a ReLU and a dense"
+            " layer; plant rows that need not act alike (TrapWeights, QBI), or a front of its own (RobbingTheFed)"
+        )
+    weight = dict(model.named_parameters())[names[i + 1]]  # type: ignore[index]
+    first = torch.stack([(family == f).nonzero()[0, 0] for f in range(int(family.max()) + 1)])
+    with torch.no_grad():
+        weight[:, : len(family)] = gain * weight[:, first][:, family]
+    return len(weight)
+
+
+def check_alike(weight: Tensor, name: str) -> None:
+    """Raises:
+    NotApplicableError: not all rows of this part of the layer's weight measure the same, as planted ones do.
+    """
+    if (weight != weight[0]).any():
+        raise NotApplicableError(
+            f"the rows of {name!r} do not measure the same, as they did when they were planted; let clients train the"
+            " model that `plant` returned"
+        )
 
 
 def _dense_with_relu(model: Classifier, image_shape: Shape) -> str | None:
