@@ -95,4 +95,9 @@ HIDDEN = {
     16: [seer(number, SEER(batch=16, updates=1500)) for number in range(20)],
     64: [seer(number, SEER(batch=64, updates=1200, batches=8)) for number in range(20)],
 }
+BRIGHTEST = {
+    16: (6, 1, 9, 12, 1, 8, 8, 11, 13, 10, 13, 9, 1, 12, 14, 5, 7, 14, 10, 3),
+    64: (22, 49, 55, 18, 5, 33, 55, 39, 36, 38, 48, 23, 51, 38, 41, 23, 47, 49, 50, 11),
+}
+"""The place of the brightest image in each batch of HIDDEN; a test asks the images for it."""
 CASES = [*EXACT, *DEEP, *AGGREGATED, *HIDDEN[16], *HIDDEN[64], *HONEST]  # the cheap ones first

@@ -1,17 +1,20 @@
 """SEER: the loss against plain autograd, what comes back after a short training, and what it refuses."""
 
 import dataclasses
+import os
 import pickle
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gi_lib import NotApplicableError, ThreatModel, data, models, observe
+from gi_lib import Batch, NotApplicableError, ThreatModel, data, models, observe
 from gi_lib.attacks import SEER, RobbingTheFed, seer
 from gi_lib.bench import Case
-from gi_lib.bench import measure as bench_measure
 from gi_lib.bench.measure import attempt
 
 OWN = ThreatModel(malicious_server=True, has_auxiliary_data=True)
@@ -20,6 +23,19 @@ TRAIN = data.load("digits", split="train")
 SURROGATE = data.Surrogate(TRAIN)
 SHAPE = DIGITS.image_shape
 FEW = {"batch": 8, "updates": 3, "batches": 2, "fit": 8, "surrogates": 64}
+
+
+class Dimmed:
+    """Digits, each under a light of its own."""
+
+    hash = "dimmed"
+
+    def __init__(self, digits):
+        self.digits = data.Surrogate(digits)
+
+    def draw(self, n, rng):
+        images, labels = self.digits.draw(n, rng)
+        return images * (0.1 + 0.9 * torch.rand(len(images), 1, 1, 1, generator=rng)), labels
 
 
 def network(name="cnn2_norm", train=True):
@@ -97,13 +113,13 @@ def test_an_image_comes_back_after_a_short_training(prop):
         layers = [nn.Flatten(), nn.Linear(64, 48), nn.BatchNorm1d(48), nn.ReLU()]
         layers += [nn.Linear(48, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 10)]
     model = models.wrap(nn.Sequential(*layers), mean=DIGITS.mean, std=DIGITS.std, num_classes=10).train()
-    attack = SEER(property=prop, batch=8, batches=8, updates=150, fit=2400)
-    sent, trap = attack.plant(model, SHAPE, SURROGATE, torch.Generator().manual_seed(0))
-    hits, trials = 0, 40
+    attack = SEER(property=prop, batch=8, updates=150, entries=200, fit=2400)
+    own, private, hits, trials = Dimmed(TRAIN), Dimmed(DIGITS), 0, 40
+    sent, trap = attack.plant(model, SHAPE, own, torch.Generator().manual_seed(0))
     for k in range(trials):
         rng = torch.Generator().manual_seed(k)
-        batch = DIGITS.batch(torch.randperm(len(DIGITS), generator=rng)[:8])
-        rec = attack(observe(sent, batch, threat=OWN, trapdoor=trap, auxiliary=SURROGATE, rng=rng), rng)
+        batch = Batch(*private.draw(8, rng))
+        rec = attack(observe(sent, batch, threat=OWN, trapdoor=trap, auxiliary=own, rng=rng), rng)
         apart = (batch.images - rec.images).flatten(1).norm(dim=1)
         hits += int(apart.argmin() == prop(batch.images).argmax())
     assert hits > trials / 2  # five by chance
@@ -151,7 +167,8 @@ def test_the_batch_size_may_be_unknown(rng):
 
 def test_a_study_plants_once_for_cases_that_differ_in_their_batch(monkeypatch):
     """Where a plant takes long; and it is the same as if each case had planted anew."""
-    made = []
+    made: list[int] = []
+    monkeypatch.setattr(sys.modules["gi_lib.bench.measure"], "_kept", {})
     plant = SEER.plant
     monkeypatch.setattr(SEER, "plant", lambda *given: made.append(1) or plant(*given))
     cases = [
@@ -160,7 +177,15 @@ def test_a_study_plants_once_for_cases_that_differ_in_their_batch(monkeypatch):
     ]
     each = [attempt(case, None, "cpu")[1][1] for case in cases]
     assert len(made) == 3
-    monkeypatch.setattr(bench_measure, "LONG", 0.0)
+    monkeypatch.setattr(sys.modules["gi_lib.bench.measure"], "LONG", 0.0)
     kept = [attempt(case, None, "cpu")[1][1] for case in cases]
     assert len(made) == 5 and all(torch.equal(a, b) for a, b in zip(each, kept, strict=True))
-    monkeypatch.setattr(bench_measure, "_kept", {})
+
+
+@pytest.mark.skipif("GI_DATA" not in os.environ, reason="needs MNIST in the data root GI_DATA")
+def test_the_study_knows_the_brightest_image_of_each_batch():
+    study = runpy.run_path(str(Path(__file__).parents[1] / "experiments/malicious.py"))
+    for size, cases in study["HIDDEN"].items():
+        images = data.load("mnist", size=16)
+        found = [int(seer.brightest(images.batch(case.indices).images).argmax()) for case in cases]
+        assert tuple(found) == study["BRIGHTEST"][size]
