@@ -92,7 +92,7 @@ AGGREGATED = [
     loki(0, LOKI(scale=1.0), FOUR),
 ]
 HIDDEN = {
-    16: [seer(number, SEER(batch=16, updates=1500)) for number in range(20)],
+    16: [seer(number, SEER(batch=16, updates=700)) for number in range(20)],
     64: [seer(number, SEER(batch=64, updates=1200, batches=8)) for number in range(20)],
 }
 BRIGHTEST = {

@@ -21,14 +21,14 @@ All gradients are those of the model in the mode that it was given in. Where bat
 has the batch's own statistics, an image can be measured against the others of its
 batch; elsewhere against numbers alone, and "the brightest" is then known only roughly.
 
-Departs from the paper, whose public code was read: it has a ResNet-18, B from 64 on and
-a million batches, here the network is whatever is given, and training takes minutes of
-a CPU on a small one; the decoder is one layer, as there by default. The fit at the end
-is ours. A step takes the mean over several batches, which are differentiated together.
-Entries are scaled to unit size before Adam sees their weights, the rates are larger,
-rise for a twentieth of the steps and fall to 0. The property is always looked for
-inside the batch, not by a threshold; so of several clients, of whom the mean is seen,
-their batches are not kept apart.
+Departs from the paper, of which the public code was read: it has a ResNet-18, B from 64
+on and a million batches, here the network is whatever is given, and training takes
+minutes of a CPU on a small one; the decoder is one layer, as there by default. The fit
+at the end is ours. A step takes the mean over several batches, which are differentiated
+together. Entries are scaled to unit size before Adam sees their weights, the rates are
+larger, rise for a twentieth of the steps and fall to 0. The property is always looked
+for inside the batch, not by a threshold; so of several clients, of whom the mean is
+seen, their batches are not kept apart.
 """
 
 import math
