@@ -34,7 +34,7 @@ seen, their batches are not kept apart.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -238,7 +238,7 @@ class SEER:
     needs: ClassVar[Needs] = Needs(("trapdoor",), model=(trained_together,))
     revision: ClassVar[int] = 1
 
-    property: Property = brightest
+    property: Any = brightest  # a Property
     batch: int = 64  # B, the smallest of the paper
     updates: int = (
         200  # steps of Adam: a small network's, and few; the code has 100,000
