@@ -1,13 +1,16 @@
-"""A malicious server: fishing and LOKI.
+"""A malicious server: fishing, LOKI and SEER.
 
 Fishing takes one image out of batches of CIFAR-10: through an mlp exactly, by the bias ratio; through resnet18 by
 Inverting Gradients, beside the same attack on the whole batch of an honest server, which is told the labels. In batches
 of 16 the target's class occurs once, and 64 images are those of four clients, of whom the mean is seen, and the
 target's class occurs several times. LOKI has ten clients of 64 images each, of whom the mean is seen.
+SEER's network is trained once for batches of 16 and once for 64, and attacked on 20 batches of MNIST's test split.
 """
 
+import torch
+
 from gi_lib import Client, ThreatModel
-from gi_lib.attacks import LOKI, Fishing, InvertingGradients
+from gi_lib.attacks import LOKI, SEER, Fishing, InvertingGradients
 from gi_lib.bench import Case
 
 SERVER = ThreatModel(malicious_server=True)
@@ -50,6 +53,22 @@ def loki(first: int, attack: LOKI, client: Client, seed: int = 0) -> Case:
     )
 
 
+def seer(number: int, attack: SEER) -> Case:
+    """On batch norm that has the batch's own statistics. All batches have one seed, and so one network."""
+    drawn = torch.randperm(2000, generator=torch.Generator().manual_seed(number))[: attack.batch]
+    return Case(
+        attack,
+        "cnn2_norm",
+        "mnist",
+        tuple(sorted(drawn.tolist())),
+        size=16,
+        threat=OWN,
+        train=True,
+        auxiliary="mnist",
+        profile="survey",
+    )
+
+
 FOUR = Client(steps=4, lr=0.01, local_batch=16)
 INNER = InvertingGradients(steps=300, frames=10, **TUNED)
 
@@ -72,4 +91,13 @@ AGGREGATED = [
     loki(0, LOKI(), Client()),
     loki(0, LOKI(scale=1.0), FOUR),
 ]
-CASES = [*EXACT, *DEEP, *AGGREGATED, *HONEST]  # the cheap ones first
+HIDDEN = {
+    16: [seer(number, SEER(batch=16, updates=700)) for number in range(20)],
+    64: [seer(number, SEER(batch=64, updates=1200, batches=8)) for number in range(20)],
+}
+BRIGHTEST = {
+    16: (6, 1, 9, 12, 1, 8, 8, 11, 13, 10, 13, 9, 1, 12, 14, 5, 7, 14, 10, 3),
+    64: (22, 49, 55, 18, 5, 33, 55, 39, 36, 38, 48, 23, 51, 38, 41, 23, 47, 49, 50, 11),
+}
+"""The place of the brightest image in each batch of HIDDEN; a test asks the images for it."""
+CASES = [*EXACT, *DEEP, *AGGREGATED, *HIDDEN[16], *HIDDEN[64], *HONEST]  # the cheap ones first

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gi_lib.copies import batch_norms, deep_copy
+from gi_lib.copies import batch_norms, deep_copy, functional_copy
 from gi_lib.models.layers import logit_layer
 from gi_lib.types import Batch, Classifier, NotApplicableError
 
@@ -42,6 +42,7 @@ def d_snr(model: Classifier, batch: Batch) -> Value:
     x, y = _on(model, batch)
     if len(x) < 2:
         return 0.0, ""
+    model = functional_copy(model)
     names, weights = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1), strict=True)
     mixes = any(norm.own_statistics for norm in batch_norms(model).values())
     whole = F.cross_entropy(model(x), y, reduction="none") if mixes else None

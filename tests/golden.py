@@ -65,6 +65,11 @@ SETTINGS = {  # attack -> (its settings, a model without exact zeros in its grad
     "rconv": ({}, "lenet", {}),
     "robbing_the_fed": ({"bins": 8, "surrogates": 64}, "lenet", {"malicious_server": True}),
     "sapag": ({"steps": 5, "restarts": 2}, "lenet", {}),
+    "seer": (
+        {"updates": 5, "batch": 4, "batches": 2, "fit": 20, "surrogates": 64},
+        "lenet",
+        {"malicious_server": True},
+    ),
     "sme": ({"steps": 5, "restarts": 2}, "lenet", {}),
     "trap_weights": ({"rows": 40}, "lenet", {"malicious_server": True}),
     "vgia": ({"slabs": 8, "surrogates": 64}, "lenet", {"malicious_server": True}),

@@ -112,6 +112,15 @@ def test_batch_norm_of_the_batch_itself_leaves_the_model_as_it_is(batch):
     assert torch.equal(state, torch.get_rng_state()) and all(p.grad is None for p in model.parameters())
 
 
+def test_d_snr_where_batch_norm_mixes_images_is_of_each_loss_in_the_whole_batch(batch):
+    model = models.build("cnn2_norm", num_classes=10, image_shape=SHAPE).train()
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    losses = F.cross_entropy(model(batch.images), batch.labels, reduction="none")
+    each = [torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses]
+    expected = max((g.norm() / (sum(layer) - g).norm()).item() for layer in zip(*each, strict=True) for g in layer)
+    assert checks.d_snr(model, batch)[0] == pytest.approx(expected, rel=1e-3)
+
+
 def test_a_model_without_dense_layers_or_biases_is_asked_what_it_has(batch):
     net = nn.Sequential(nn.Conv2d(1, 10, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     found = {f.check: f.value for f in checks.received(models.wrap(net, num_classes=10), batch).findings}

@@ -30,7 +30,7 @@ ABOVE = {  # module -> the modules of gi_lib that it may import
     "results": {"types", "metrics", "results"},
 }
 ABOVE["provenance"] = {"gi_lib"}  # its version
-ABOVE["attacks"] = (TOOLS - {"data", "checkpoints"}) | {"types", "labels", "optimise", "search", "attacks"}
+ABOVE["attacks"] = (TOOLS - {"data", "checkpoints"}) | {"types", "progress", "labels", "optimise", "search", "attacks"}
 ABOVE["bench"] = ABOVE.keys() | {"bench"}
 ABOVE["pages"] = {"types", "metrics", "results", "provenance", "attacks"}
 ABOVE["audit"] = ABOVE.keys() - {"bench", "pages"} | {"audit"}

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from gi_lib.attacks.rgap import RGAP
     from gi_lib.attacks.robbing_the_fed import RobbingTheFed
     from gi_lib.attacks.sapag import SAPAG
+    from gi_lib.attacks.seer import SEER
     from gi_lib.attacks.sme import SME
     from gi_lib.attacks.spear import SPEAR
     from gi_lib.attacks.spear_pp import SPEARpp
@@ -103,6 +104,7 @@ ATTACKS = Registry(
         "rconv": "RConv",
         "robbing_the_fed": "RobbingTheFed",
         "sapag": "SAPAG",
+        "seer": "SEER",
         "sme": "SME",
         "trap_weights": "TrapWeights",
         "vgia": "VGIA",
@@ -125,6 +127,7 @@ __all__ = [
     "QBI",
     "RGAP",
     "SAPAG",
+    "SEER",
     "SME",
     "SPEAR",
     "VGIA",

@@ -50,6 +50,11 @@ def _check_num_classes(num_classes: object, of: str) -> None:
         raise ValueError(f"{of} needs num_classes, a whole number >= 2, got {num_classes!r:.60}{hint}")
 
 
+def has_front(model: Classifier) -> bool:
+    """Whether a layer of a server's own stands before its network."""
+    return [name for name, _ in model.net.named_children()] == ["front", "back"]
+
+
 def with_front(model: Classifier, front: nn.Module) -> Classifier:
     """A copy of the classifier whose network sees front(x) in place of its normalised images x.
 
@@ -58,7 +63,7 @@ def with_front(model: Classifier, front: nn.Module) -> Classifier:
     Raises:
         ValueError: the model has a front already.
     """
-    if [name for name, _ in model.net.named_children()] == ["front", "back"]:
+    if has_front(model):
         raise ValueError(
             "the model is planted already: it has a layer of a server's own before its network; plant on the model as"
             " it was"
@@ -238,6 +243,7 @@ MODELS = {
     "lenet_default": Architecture(networks.lenet, torch_default, normalised=False),
     "lenet5": Architecture(networks.lenet5, torch_default, normalised=False),
     "cnn2": Architecture(networks.cnn2, torch_default, normalised=True),
+    "cnn2_norm": Architecture(networks.cnn2_norm, torch_default, normalised=True),
     "dense6": Architecture(networks.dense6, torch_default, normalised=True),
     "dense6_wide": Architecture(networks.dense6_wide, torch_default, normalised=True),
     "fc2": Architecture(networks.fc2, torch_default, normalised=True),

@@ -110,6 +110,21 @@ def cnn2(num_classes: int, image_shape: Shape) -> nn.Module:
     )
 
 
+def cnn2_norm(num_classes: int, image_shape: Shape) -> nn.Module:
+    """A small CNN with batch norm: two 3x3 convolutions of stride 2 with 8 and 32 channels, two dense layers of 64
+    units, each with batch norm and ReLU, and a dense classifier."""
+    c, h, w = image_shape
+    features = 32 * -(-h // 4) * -(-w // 4)
+    return nn.Sequential(
+        *(nn.Conv2d(c, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+        nn.Flatten(),
+        *(nn.Linear(features, 64), nn.BatchNorm1d(64), nn.ReLU()),
+        *(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()),
+        nn.Linear(64, num_classes),
+    )
+
+
 def vgg11(num_classes: int, image_shape: Shape) -> nn.Module:
     """torchvision's VGG-11; up to 64 px its pools round sizes up and one dense layer takes the place of three."""
     from torchvision.models import vgg11  # slow to import
