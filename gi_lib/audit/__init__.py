@@ -617,11 +617,13 @@ def _returned(case: _Case) -> list[Finding]:
 
 
 def _closed_forms(case: _Case) -> list[Finding]:
-    return [
+    found = [
         *_closed_form(case, BiasRatio(), "bias ratio", "one division"),
         *_closed_form(case, RGAP(), "R-GAP", "linear equations, layer by layer"),
-        *_closed_form(case, SPEAR(draws=MOST_DRAWS), "SPEAR", "null vectors of rows of a gradient"),
     ]
+    if case.batch_size > 1:  # of one image the bias ratio is the same
+        found += _closed_form(case, SPEAR(draws=MOST_DRAWS), "SPEAR", "null vectors of rows of a gradient")
+    return found
 
 
 def _closed_form(case: _Case, attack: Any, name: str, cost: str) -> list[Finding]:
