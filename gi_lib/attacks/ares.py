@@ -10,9 +10,11 @@ where neurons act alike on what follows. As in Robbing the Fed, differences of
 neighbours divide to the activations a of an image alone in its bin, a share
 (1 - 1/k)^(B - 1) of B images in expectation. A has a row for each activation, which may
 be fewer than pixels, so that the image is sought where it is sparse, in its cosine
-transform x = T alpha, by a generalised Lasso:
+transform x - 1/2 = T alpha, by a generalised Lasso:
 
-    min over alpha of  1/2 |A T alpha - (a - c)|^2 + lambda |D alpha|_1.
+    min over alpha of  1/2 |A T alpha - (a - c')|^2 + lambda |D alpha|_1,
+
+c' = A 1/2 + c, what a grey image gives.
 
 D is diagonal, sigma^-p with sigma the spread of each coefficient over data of the
 server's own; p = 0 is the plain norm of the public code. It is solved by FISTA (Beck,

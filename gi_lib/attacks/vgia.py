@@ -26,7 +26,7 @@ come into G_s with d_i || (1, ..., 1). Of slabs that do not pass nothing is retu
 What the test cannot see: a record and its copy, which are one record to it; and images
 that the network behind treats in the same proportion, d_i || d_j. So neurons act with
 the mean over slabs, which leaves the network's own neurons a say in what d_i is, and a
-next layer of two units is refused, where all d_i are parallel.
+next layer of two units is refused: if they are logits, all d_i are parallel.
 
 Derived here from the abstract, which was read, and reports of the paper, which say that
 a subspace's dimension is tested while the server moves thresholds over several rounds;
