@@ -1,7 +1,7 @@
 """What a client can check of a model that it received, before it sends an update.
 
 Each check is one number of the model and the client's own batch, the larger the more suspicious, and a threshold that
-honest networks at several stages of training stay under by a factor of nearly two or more; experiments/malicious_checks.py
+honest networks at several stages of training stay under by a factor of nearly two; experiments/malicious_checks.py
 measures it, and the chapter on a malicious server has the table. `received` asks all of them. A plant that none of them
 finds is not ruled out: who knows the checks plants around them.
 """
