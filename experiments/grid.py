@@ -1,14 +1,15 @@
 """Techniques that read images instead of searching for them, on the eight models and four datasets: batches of eight.
 
 SPEAR and the cocktail party attack wait for an honest client's gradient; the others plant rows of a server's own in
-front of the network, or in its first dense layer where it begins with one. Two batches a cell, each with the untrained
+front of the network, or in its first dense layer where it begins with one, and ARES and mKOR in the layers that are
+there. Two batches a cell, each with the untrained
 network of its number. ImageNet's photographs are taken at 64 pixels; its sample has no train split, and there the
 server's own data are CIFAR-10's. A technique that does not apply to a network says so in its record.
 """
 
 from dataclasses import dataclass
 
-from gi_lib.attacks import LOKI, QBI, SPEAR, CocktailParty, RobbingTheFed, TrapWeights, qbi
+from gi_lib.attacks import ARES, LOKI, MKOR, QBI, SPEAR, VGIA, CocktailParty, RobbingTheFed, TrapWeights, qbi
 from gi_lib.bench import Case, protocol
 from gi_lib.federated import ThreatModel
 
@@ -23,6 +24,9 @@ WANTED = {
     "QBI": (QBI(batch=BATCH, **PIXELS), SERVER),
     "PAIRS": (QBI(batch=BATCH, rule=qbi.pairs), WITH_DATA),
     "Robbing the Fed": (RobbingTheFed(bins=128), WITH_DATA),
+    "VGIA": (VGIA(), WITH_DATA),
+    "ARES": (ARES(), WITH_DATA),
+    "mKOR": (MKOR(), SERVER),
     "LOKI": (LOKI(clients=2), WITH_DATA),  # of four images each
 }
 
