@@ -32,12 +32,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from scipy.fft import dctn, idctn
 from torch import Tensor, nn
 
 from gi_lib.attacks.robbing_the_fed import edges
 from gi_lib.copies import deep_copy
 from gi_lib.models.layers import dense_layers, pixel_layer, probe, watched
-from gi_lib.models.planted import act_alike, check_alike
+from gi_lib.models.planted import act_alike, check_alike, own_images
 from gi_lib.search import no_more
 from gi_lib.types import (
     Auxiliary,
@@ -135,13 +136,9 @@ def affine(
 
 def cosine(x: Tensor, inverse: bool = False) -> Tensor:
     """Orthonormal cosine transform over channels, rows and columns [..., C, H, W]."""
-    T = []
-    for size in x.shape[-3:]:
-        i = torch.arange(size, dtype=torch.float64)
-        t = torch.cos(torch.pi * torch.outer(i, i + 0.5) / size) * (2 / size) ** 0.5
-        t[0] /= 2**0.5
-        T.append((t.T if inverse else t).to(x))
-    return torch.einsum("ic,jh,kw,...chw->...ijk", *T, x)
+    transform = idctn if inverse else dctn
+    turned = transform(x.numpy(force=True), axes=(-3, -2, -1), norm="ortho")
+    return torch.from_numpy(turned).to(x)
 
 
 def fista(M: Tensor, y: Tensor, D: Tensor, steps: int) -> Tensor:
@@ -185,14 +182,11 @@ class ARES:
         rng: torch.Generator,
     ) -> tuple[Classifier, Imprinted]:
         """The model with random measurements and an imprint, no layer added."""
-        if auxiliary is None:
-            raise ValueError(
-                "ARES fits biases and bins to images of the server's own; give it"
-                " auxiliary data"
-            )
+        use = "ARES fits biases and bins to"
+        images, _ = own_images(auxiliary, self.surrogates, rng, use)
+        images = images.to(model.mean)
         layer = inner_layer(model, image_shape)
         sent: Classifier = deep_copy(model)  # type: ignore[assignment]
-        images = auxiliary.draw(self.surrogates, rng)[0].to(model.mean)
         measure_at_random(sent, layer, images, rng)
         a = inputs(sent, layer, images)
         A, grey = affine(sent, layer, image_shape)

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from gi_lib.copies import deep_copy
 from gi_lib.models import with_front
+from gi_lib.models.planted import own_images
 from gi_lib.search import no_more
 from gi_lib.types import (
     Auxiliary,
@@ -120,12 +121,8 @@ class LOKI:
         rng: torch.Generator,
     ) -> tuple[list[Classifier], Bins]:
         """A model for each client, and the brightness of the bins."""
-        if auxiliary is None:
-            raise ValueError(
-                "LOKI's bins are quantiles of the brightness of images of the server's"
-                " own; give it auxiliary data"
-            )
-        images, _ = auxiliary.draw(self.surrogates, rng)
+        use = "LOKI's bins are quantiles of the brightness of"
+        images, _ = own_images(auxiliary, self.surrogates, rng, use)
         mean = images.flatten(1).double().mean(1).cpu()
         q, middle = (
             mean.quantile((torch.arange(n, dtype=torch.float64) + s) / self.bins)

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from gi_lib import labels
 from gi_lib.models import with_front
+from gi_lib.models.planted import own_images
 from gi_lib.search import certified, no_more
 from gi_lib.types import (
     Auxiliary,
@@ -126,12 +127,8 @@ class RobbingTheFed:
         rng: torch.Generator,
     ) -> tuple[Classifier, str]:
         """The model behind an imprint, and the name of the layer that measures."""
-        if auxiliary is None:
-            raise ValueError(
-                "the imprint's bins are quantiles of images of the server's own;"
-                " give it auxiliary data"
-            )
-        images, _ = auxiliary.draw(self.surrogates, rng)
+        use = "the imprint's bins are quantiles of"
+        images, _ = own_images(auxiliary, self.surrogates, rng, use)
         p = next(model.parameters())
         seen = (images.to(p.device, p.dtype) - model.mean) / model.std
         h = self.measurement(seen[0].numel(), rng)

@@ -42,7 +42,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from gi_lib.copies import attackers_copy, deep_copy, forward
-from gi_lib.models import has_front
+from gi_lib.models import check_unplanted
+from gi_lib.models.planted import own_images
 from gi_lib.progress import bar
 from gi_lib.types import (
     Auxiliary,
@@ -240,9 +241,7 @@ class SEER:
 
     property: Any = brightest  # a Property
     batch: int = 64  # B, the smallest of the paper
-    updates: int = (
-        200  # steps of Adam: a small network's, and few; the code has 100,000
-    )
+    updates: int = 200  # steps of Adam; the code has 100,000
     batches: int = 16  # batches a step; the public code accumulates 10
     entries: int = 600  # most of a tensor; the public code: 8,400 or .1 %
     lr: float = 1e-2  # of the network; the public code: 1e-4
@@ -264,16 +263,9 @@ class SEER:
         rng: torch.Generator,
     ) -> tuple[Classifier, Decoder]:
         """The model with parameters that were trained, and their decoder."""
-        if auxiliary is None:
-            raise ValueError(
-                "SEER trains on images of the server's own; give it auxiliary data"
-            )
-        if has_front(model):
-            raise ValueError(
-                "the model is planted already: it has a layer of a server's own before"
-                " its network; plant on the model as it was"
-            )
-        images, labels = auxiliary.draw(self.surrogates, rng)
+        use = "SEER trains on"
+        images, labels = own_images(auxiliary, self.surrogates, rng, use)
+        check_unplanted(model)
         if len(images) < self.batch:
             raise ValueError(
                 f"SEER needs a batch of {self.batch} images of the server's own, got"

@@ -49,6 +49,7 @@ from gi_lib.attacks.trap_weights import unnormalised
 from gi_lib.models.planted import (
     act_alike,
     check_alike,
+    own_images,
     plant_rows,
     planted_gradient,
     planted_rows,
@@ -114,11 +115,8 @@ class VGIA:
         rng: torch.Generator,
     ) -> tuple[Classifier, str]:
         """The model with slabs, and the name of the layer whose neurons bound them."""
-        if auxiliary is None:
-            raise ValueError(
-                "VGIA's thresholds are quantiles of images of the server's own; give it"
-                " auxiliary data"
-            )
+        use = "VGIA's thresholds are quantiles of"
+        images, _ = own_images(auxiliary, self.surrogates, rng, use)
         room = rows_of_its_own(model, image_shape)
         k = self.slabs if room is None else self._slabs(room)
         if k < 2:
@@ -127,7 +125,7 @@ class VGIA:
                 f" and the first layer has {room}; take fewer families, or use"
                 " RobbingTheFed"
             )
-        images = auxiliary.draw(self.surrogates, rng)[0].double().flatten(1)
+        images = images.double().flatten(1)
         h = brightness(images.shape[1], rng)
         q = edges(images @ h, k)[:-1].repeat_interleave(self.families)
         W, b = unnormalised(model, h.repeat(len(q), 1), -q, image_shape)

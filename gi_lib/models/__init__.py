@@ -50,9 +50,15 @@ def _check_num_classes(num_classes: object, of: str) -> None:
         raise ValueError(f"{of} needs num_classes, a whole number >= 2, got {num_classes!r:.60}{hint}")
 
 
-def has_front(model: Classifier) -> bool:
-    """Whether a layer of a server's own stands before its network."""
-    return [name for name, _ in model.net.named_children()] == ["front", "back"]
+def check_unplanted(model: Classifier) -> None:
+    """Raises:
+    ValueError: a layer of a server's own stands before its network.
+    """
+    if [name for name, _ in model.net.named_children()] == ["front", "back"]:
+        raise ValueError(
+            "the model is planted already: it has a layer of a server's own before its network; plant on the model as"
+            " it was"
+        )
 
 
 def with_front(model: Classifier, front: nn.Module) -> Classifier:
@@ -63,11 +69,7 @@ def with_front(model: Classifier, front: nn.Module) -> Classifier:
     Raises:
         ValueError: the model has a front already.
     """
-    if has_front(model):
-        raise ValueError(
-            "the model is planted already: it has a layer of a server's own before its network; plant on the model as"
-            " it was"
-        )
+    check_unplanted(model)
     back: nn.Module = deep_copy(model).net  # type: ignore[assignment]
     net = nn.Sequential(OrderedDict(front=front, back=back))
     planted = Classifier(net, mean=model.mean, std=model.std, num_classes=model.num_classes)

@@ -6,7 +6,18 @@ from torch import Tensor, nn
 from gi_lib.copies import deep_copy
 from gi_lib.models import with_front
 from gi_lib.models.layers import Shape, dense_layers, pixel_layer, probe, zeros_follow
-from gi_lib.types import Classifier, NotApplicableError, Observation
+from gi_lib.types import Auxiliary, Classifier, Images, Labels, NotApplicableError, Observation
+
+
+def own_images(auxiliary: Auxiliary | None, number: int, rng: torch.Generator, use: str) -> tuple[Images, Labels]:
+    """So many images of a server's own, with their labels.
+
+    Raises:
+        ValueError: it has none; `use` begins the sentence that says what for.
+    """
+    if auxiliary is None:
+        raise ValueError(f"{use} images of the server's own; give it auxiliary data")
+    return auxiliary.draw(number, rng)
 
 
 class DenseFront(nn.Module):
