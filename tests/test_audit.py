@@ -28,6 +28,7 @@ def own(first="conv", seed=0):
     front = {
         "conv": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(512, 5)),
         "dense": lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 5)),
+        "wide": lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 256), nn.ReLU(), nn.Linear(256, 5)),
         "few": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 5)),
         "norm": lambda: nn.Sequential(
             nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
@@ -386,6 +387,12 @@ def test_what_an_attack_returns_that_is_no_image_fails_that_attack_alone(monkeyp
     formula = found["Does a formula give the images"]
     assert formula.answer == "not tried" and "of one size" in formula.evidence
     assert "0 of 1 images" in found["Does a search find the images"].evidence
+
+
+def test_a_batch_through_a_dense_layer_is_unmixed():
+    report = audit(own("wide"), SHAPE, steps=1, clients=1, batch_size=4)
+    [formula] = [f for f in report.findings if "(SPEAR)" in f.question]
+    assert "4 of 4 images" in formula.evidence and min(formula.numbers["above_floor"]) > 60
 
 
 def test_an_audit_scores_as_a_study_does(dense):
