@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import dataclasses
+import gzip
 import hashlib
 import inspect
 import io
@@ -267,7 +268,8 @@ EXPLORED = (
 def explorer(frame: pd.DataFrame, folder: Path, plain: Html | str = "") -> Html:
     """All records as data inside the page, for book/_static/explorer.js to search, filter, sort and draw.
 
-    A column is a list of numbers, or, where it has a text, {"values": the texts, "codes": their places, -1 for null};
+    The data is JSON, compressed by gzip and written in base64, so that the page stays light as records are added. A
+    column is a list of numbers, or, where it has a text, {"values": the texts, "codes": their places, -1 for null};
     without codes each row has the text of its own place.
 
     Args:
@@ -286,11 +288,11 @@ def explorer(frame: pd.DataFrame, folder: Path, plain: Html | str = "") -> Html:
         "meaning": {name: export.COLUMNS[name].meaning for name in EXPLORED if name in export.COLUMNS},
         "remake": export.REMAKE,
     }
-    # Inside <script> no "<" may stand: "</script>" would end it.
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+    packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
     return Html(
         '<div id="gi-explorer" data-results="../results/" data-records="../records/">'
-        f'<div class="gi-plain">{plain}</div><script type="application/json">{text}</script></div>'
+        f'<div class="gi-plain">{plain}</div><script type="application/gzip">{packed}</script></div>'
     )
 
 

@@ -426,6 +426,17 @@ def test_browser_asks_no_other_host(origin, tmp_path, path):
     assert {url for url in own if not url.startswith(origin)} == set()
 
 
+def test_code_loses_no_colour_where_its_plainest_spans_are_gone(site):
+    """`website.complete` takes the spans of names, punctuation and spaces out of each page."""
+    for page in site.glob("book/*.html"):
+        assert not re.search(r'<span class="(?:n|nn|p|w)">', page.read_text()), page
+    style = (site / "_static/pygments.css").read_text()
+    for theme in ("light", "dark"):
+        plain = re.search(rf'data-theme="{theme}"\] \.highlight \{{[^}}]*; color: (#\w+)', style)[1]
+        for name in ("n", "nn", "p", "w"):
+            assert re.search(rf'data-theme="{theme}"\] \.highlight \.{name} \{{ color: {plain} \}}', style), (theme, name)
+
+
 # --- the results explorer
 
 

@@ -1,5 +1,7 @@
 """Figures, tables and the slider: what they contain, and what they must not."""
 
+import base64
+import gzip
 import json
 import re
 import subprocess
@@ -241,7 +243,8 @@ def test_picture_grid_shows_each_image_with_its_own_numbers(study):
 
 def explored(page):
     """The rows that the explorer's page holds, as dicts, and the rest of its data."""
-    data = json.loads(re.search(r'<script type="application/json">(.*?)</script>', str(page), re.DOTALL)[1])
+    packed = re.search(r'<script type="application/gzip">(.*?)</script>', str(page))[1]
+    data = json.loads(gzip.decompress(base64.b64decode(packed)))
     columns = {}
     for name, column in data["columns"].items():
         if isinstance(column, dict):
