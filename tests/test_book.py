@@ -434,7 +434,8 @@ def test_code_loses_no_colour_where_its_plainest_spans_are_gone(site):
     for theme in ("light", "dark"):
         plain = re.search(rf'data-theme="{theme}"\] \.highlight \{{[^}}]*; color: (#\w+)', style)[1]
         for name in ("n", "nn", "p", "w"):
-            assert re.search(rf'data-theme="{theme}"\] \.highlight \.{name} \{{ color: {plain} \}}', style), (theme, name)
+            rule = rf'data-theme="{theme}"\] \.highlight \.{name} \{{ color: {plain} \}}'
+            assert re.search(rule, style), (theme, name)
 
 
 # --- the results explorer
