@@ -18,7 +18,7 @@ import torch
 
 from gi_lib import Client, NotApplicableError, ThreatModel, bench, checkpoints, data, metrics, results
 from gi_lib.attacks import DLG, GradInversion, InvertingGradients, RobbingTheFed
-from gi_lib.bench import Case, key, run, text
+from gi_lib.bench import Case, cost, key, run, text
 from gi_lib.bench.cases import identity
 from gi_lib.defenses import DPSGD, Defense, GaussianNoise
 from gi_lib.matching import squared_l2
@@ -33,6 +33,17 @@ SCORES = ("psnr", "ssim", "mse", "loss", "label_accuracy", "data_hash", "floor",
 def no_lpips(monkeypatch):
     """LPIPS takes seconds and may ask the network; the test that needs it brings its own."""
     monkeypatch.setattr(metrics, "lpips", lambda *args, **kwargs: None)
+
+
+@pytest.mark.parametrize(("seconds", "passes"), [(0.1, 11), (2.0, 4), (60.0, 2)])
+def test_a_long_training_step_is_measured_fewer_times(monkeypatch, seconds, passes):
+    times = itertools.count(0, seconds)  # the clock is read at each end of a pass
+    calls = []
+    monkeypatch.setattr(cost, "clock", lambda device: next(times))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    model.register_forward_hook(lambda *_: calls.append(1))
+    step = cost.training_step_seconds(model, data.load("digits", size=8).batch([0]), "cpu")
+    assert (step, len(calls)) == (pytest.approx(seconds), passes)
 
 
 def scores(rows):

@@ -10,13 +10,19 @@ from gi_lib.execution import clock
 from gi_lib.types import Batch
 
 
+ENOUGH = 5.0  # seconds of measured steps after which no other is taken
+
+
 def training_step_seconds(model: nn.Module, batch: Batch, device: str, repeats: int = 10) -> float:
-    """Median time of a forward and a backward pass of `model` on `batch`, after one to warm up, by `clock`."""
+    """Median time of a forward and a backward pass of `model` on `batch`, after one to warm up, by `clock`.
+
+    Of `repeats` passes, or of fewer, but one at least, where they come to more than ENOUGH.
+    """
     p = next(model.parameters())
     images, labels = batch.images.to(p.device, p.dtype), batch.labels.to(p.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    seconds = []
-    for _ in range(1 + repeats):
+    seconds: list[float] = []
+    while len(seconds) <= 1 or (len(seconds) <= repeats and sum(seconds[1:]) < ENOUGH):
         start = clock(device)
         torch.autograd.grad(nn.functional.cross_entropy(model(images), labels), parameters, allow_unused=True)
         seconds.append(clock(device) - start)
