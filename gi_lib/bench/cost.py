@@ -9,7 +9,6 @@ from torch import nn
 from gi_lib.execution import clock
 from gi_lib.types import Batch
 
-
 ENOUGH = 5.0  # seconds of measured steps after which no other is taken
 
 
