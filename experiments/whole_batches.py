@@ -2,7 +2,7 @@
 
 exact: SPEAR on CIFAR-10 and on ImageNet at 64 px through dense6 (six dense layers, five of width 200), untrained,
 another network for each batch; 2, 4, 8 and 10 images, twenty batches each, and five of 12 and of 16; float64, and
-float32 on CIFAR-10. long: 20 images and eight million draws.
+float32 on CIFAR-10. long: 20 images and eight million draws, 24 images and thirty-two million.
 dictionary: SPEAR++ on the same with up to 24 images, and through layers of width 1,000 with up to 64; at 20 and 32
 images without projected starts too.
 party: FC2 and CIFAR-100, from 8 to 128 images: the cocktail party attack with its README's weights, without its
@@ -74,5 +74,8 @@ PLAN += [
     Row("features", "cocktail party", cases(CocktailFeatures(), "cnn2", "cifar10", B, 3, 2, double=False))
     for B in (1, 4, 8, 16)
 ]
-PLAN += [Row("long", "cifar10", cases(SPEAR(draws=8_000_000), "dense6", "cifar10", 20, 2, 4))]
+PLAN += [
+    Row("long", "cifar10", cases(SPEAR(draws=draws), "dense6", "cifar10", B, n, 4))
+    for B, draws, n in ((20, 8_000_000, 2), (24, 32_000_000, 1))
+]
 CASES = sorted((case for row in PLAN for case in row.cases), key=lambda case: case.stage)

@@ -133,6 +133,7 @@ def test_a_failure_is_a_row_and_is_tried_again(tmp_path, monkeypatch):
     assert [row["status"] for row in rows] == ["ok", "ok", "failed", "ok"]
     assert (rows[2]["error"], rows[2]["psnr"]) == ("FloatingPointError: stopped", None)
     assert rows[2]["attack"] == "Stops"
+    assert rows[2]["seconds"] > 0 and rows[2]["cpu_seconds"] > 0
     assert not results.picture_path(out, rows[2]["key"]).exists()
     summary = results.summarise(results.read(out), by=["attack"])
     assert (summary["ok"][0], summary["n"][0]) == (3, 4)
@@ -590,6 +591,7 @@ def test_what_an_attack_does_wrong_is_a_failed_row_with_a_sentence(tmp_path, how
 def test_what_an_attack_lacks_is_said(tmp_path):
     row = row_of(tmp_path, attack=GradInversion(steps=2, restarts=1))
     assert row["status"] == "not applicable" and "GradInversion needs the batch-norm statistics" in row["error"]
+    assert row["seconds"] is None and row["cpu_seconds"] is None
 
 
 @dataclasses.dataclass(frozen=True)

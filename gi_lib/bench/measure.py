@@ -39,6 +39,9 @@ Measured = tuple[Record, tuple[Images, Images] | None]
 class AttackError(Exception):
     """What an attack raised, whatever it was: a failure of its case, and of nothing else."""
 
+    spent: tuple[float, float] | None = None
+    """Wall and processor seconds until then; None where the attack was not begun."""
+
 
 def measure(case: Case, root: Path | None, device: str) -> Measured:
     """Run a case; a failure of any kind is its result.
@@ -52,7 +55,7 @@ def measure(case: Case, root: Path | None, device: str) -> Measured:
     except AttackError as error:
         cause = error.__cause__ or error
         status = "not applicable" if isinstance(cause, NotApplicableError) else "failed"
-        return failed(case, device, _said(cause), status)
+        return failed(case, device, _said(cause), status, error.spent)
     except NotApplicableError as error:
         return failed(case, device, _said(error), "not applicable")
     except Exception as error:
@@ -61,10 +64,15 @@ def measure(case: Case, root: Path | None, device: str) -> Measured:
         return failed(case, device, _said(error))
 
 
-def failed(case: Case, device: str, reason: str, status: str = "failed") -> Measured:
-    """The record of a case that has come to nothing."""
+def failed(
+    case: Case, device: str, reason: str, status: str = "failed", spent: tuple[float, float] | None = None
+) -> Measured:
+    """The record of a case that has come to nothing, after so many wall and processor seconds."""
     with _one_thread():
-        return {**_begin(case, device), "status": status, "error": reason}, None
+        record: Record = {**_begin(case, device), "status": status, "error": reason}
+        if spent is not None and status == "failed":
+            record["seconds"], record["cpu_seconds"] = spent
+        return record, None
 
 
 def _said(error: BaseException) -> str:
@@ -88,7 +96,11 @@ def attempt(case: Case, root: Path | None, device: str) -> Measured:
         before = training_step_seconds(model, batch, device)
         reset_peak(device)
         wall, start = time.perf_counter(), clock(device)
-        rec = _attacked(attack, obs, torch.Generator().manual_seed(case.seed + ATTACK_STREAM))
+        try:
+            rec = _attacked(attack, obs, torch.Generator().manual_seed(case.seed + ATTACK_STREAM))
+        except AttackError as error:
+            error.spent = time.perf_counter() - wall, clock(device) - start
+            raise
         cpu, seconds = clock(device) - start, time.perf_counter() - wall
         peak = peak_mb(device)
         step = (before + training_step_seconds(model, batch, device)) / 2

@@ -134,7 +134,7 @@ class Record(TypedDict):
     notes: dict[str, Any] | None
     """What the attack says besides: a certificate, a layer that was chosen."""
     seconds: float | None
-    """Wall time of the attack."""
+    """Wall time of the attack, failed or not."""
     cpu_seconds: float | None
     """The processor's time for the attack, on a GPU wall time; null in records before version 0.2."""
     steps: int | None

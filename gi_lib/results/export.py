@@ -118,8 +118,8 @@ COLUMNS: dict[str, Column] = {
         " (dB) and identified, one value an image; null for a technique that does not iterate."
     ),
     "notes": Column("What the technique says besides, as JSON; null for nothing."),
-    "seconds": Column("Wall time of the attack.", "seconds", 0),
-    "cpu_seconds": Column("The processor's time for the attack; on a GPU its wall time.", "seconds", 0),
+    "seconds": Column("Wall time of the attack, failed or not.", "seconds", 0),
+    "cpu_seconds": Column("The processor's time for the attack, failed or not; on a GPU its wall time.", "seconds", 0),
     "steps": Column("Steps that were taken.", "steps", 0),
     "budget": Column("Steps that were allowed; null for a technique that takes none.", "steps", 0),
     "restarts": Column("Starts, of which the one with the least loss is returned.", "starts", 1),
