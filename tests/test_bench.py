@@ -35,7 +35,7 @@ def no_lpips(monkeypatch):
     monkeypatch.setattr(metrics, "lpips", lambda *args, **kwargs: None)
 
 
-@pytest.mark.parametrize(("seconds", "passes"), [(0.1, 11), (2.0, 4), (60.0, 2)])
+@pytest.mark.parametrize(("seconds", "passes"), [(0.1, 11), (2.0, 3), (60.0, 1)])
 def test_a_long_training_step_is_measured_fewer_times(monkeypatch, seconds, passes):
     times = itertools.count(0, seconds)  # the clock is read at each end of a pass
     calls = []

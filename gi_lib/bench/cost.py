@@ -9,23 +9,23 @@ from torch import nn
 from gi_lib.execution import clock
 from gi_lib.types import Batch
 
-ENOUGH = 5.0  # seconds of measured steps after which no other is taken
+ENOUGH = 5.0  # seconds of steps after which no other is measured
 
 
 def training_step_seconds(model: nn.Module, batch: Batch, device: str, repeats: int = 10) -> float:
-    """Median time of a forward and a backward pass of `model` on `batch`, after one to warm up, by `clock`.
+    """Median time of a forward and a backward pass of `model` on `batch`, by `clock`.
 
-    Of `repeats` passes, or of fewer, but one at least, where they come to more than ENOUGH.
+    Of `repeats` passes after one to warm up; of fewer where these come to ENOUGH, and of the first alone where it does.
     """
     p = next(model.parameters())
     images, labels = batch.images.to(p.device, p.dtype), batch.labels.to(p.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     seconds: list[float] = []
-    while len(seconds) <= 1 or (len(seconds) <= repeats and sum(seconds[1:]) < ENOUGH):
+    while len(seconds) <= repeats and sum(seconds) < ENOUGH:
         start = clock(device)
         torch.autograd.grad(nn.functional.cross_entropy(model(images), labels), parameters, allow_unused=True)
         seconds.append(clock(device) - start)
-    return statistics.median(seconds[1:])
+    return statistics.median(seconds[1:] or seconds)
 
 
 def reset_peak(device: str) -> None:
