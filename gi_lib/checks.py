@@ -124,6 +124,7 @@ def last_layer_range(model: Classifier, batch: Batch) -> Value:
 def lit_by_one(model: Classifier, batch: Batch) -> Value:
     """Share of a dense layer's neurons with a gradient that have it from one image of the batch alone: what lets a
     server divide. 0 for fewer than 8 images, of which chance lights neurons alone."""
+    model = functional_copy(model).requires_grad_()  # a ReLU in place would overwrite the outputs that are kept
     x, y = _on(model, batch)
     if len(x) < ROWS:
         return 0.0, ""
@@ -145,7 +146,8 @@ def lit_by_one(model: Classifier, batch: Batch) -> Value:
     if not outputs:
         return 0.0, ""
     found = (0.0, "")
-    for name, g in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+    gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True, materialize_grads=True)
+    for name, g in zip(outputs, gradients, strict=True):
         lit = (g != 0).sum(0)
         if (some := int((lit > 0).sum())) >= ROWS:
             found = max(found, (int((lit == 1).sum()) / some, name))

@@ -451,7 +451,7 @@ class Reconstruction:
         frame_steps: F step numbers, one for each frame.
         frame_evaluations: the gradient evaluations up to each frame, all restarts together.
         frame_seconds: the CPU seconds (on a GPU: wall seconds) up to each frame.
-        gradient_evaluations: gradients of the client's loss that were computed, all restarts together.
+        gradient_evaluations: guesses whose update was computed, all its steps and rounds at once; of all restarts.
         notes: what else there is to say: the layer that was chosen, checkpoints by hash, a certificate.
 
     Raises:

@@ -153,6 +153,25 @@ def test_a_recorded_update_of_the_whole_state_tells_its_batchs_statistics():
     assert "the running statistics of the recorded batch are not given" in said
 
 
+def test_a_search_that_refuses_costs_no_report():
+    """The returned statistics of local batches tell nothing without their order, which the attack says when it runs."""
+    client = Client(steps=4, lr=0.01, local_batch=2)
+    for budget in ({"steps": 2}, {"budget": 20.0}):
+        report = audit(own("norm").train(), SHAPE, clients=1, batch_size=4, client=client, **budget)
+        assert "which image enters which step" in " ".join(reason for _, reason in report.untried)
+        assert any("(SME)" in f.question for f in report.findings)
+
+
+def test_an_update_that_refuses_hides_nothing_of_the_others():
+    model, rng = own("wide"), torch.Generator().manual_seed(3)
+    x, y = torch.rand(2, *SHAPE, generator=rng), torch.tensor([1, 3])
+    noisy = {name: g + 10 * g.std() * torch.randn(g.shape, generator=rng) for name, g in Client()(model, x, y).items()}
+    noisy = {name: g.detach() for name, g in noisy.items()}
+    report = audit(model, SHAPE, update=noisy, labels=y, batch_size=2, steps=2, clients=1)
+    spear = next(f for f in report.findings if "(SPEAR)" in f.question)
+    assert spear.answer == "leaks" and "closed form (SPEAR) on the recorded update" in dict(report.untried)
+
+
 def test_local_steps_are_a_training_detail():
     report = audit(own("dense"), SHAPE, steps=2, clients=1, client=Client(steps=2, lr=0.1))
     formula = asked(report)["Does a formula give the images"]

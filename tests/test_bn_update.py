@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gi_lib import Batch, Client, NotApplicableError, ThreatModel, WithheldError, models, observe, receive
-from gi_lib.attacks import BatchNormUpdate, InvertingGradients
+from gi_lib.attacks import BatchNormUpdate, InvertingGradients, bn_update
 from gi_lib.attacks.bn_update import Exact, Inferred, Proxy, Running
 from gi_lib.bench import Case
 from gi_lib.bench.cases import text
@@ -108,13 +108,16 @@ def test_the_mean_over_clients_is_one_of_their_statistics():
     assert apart(of_the_guess(slots), goal) < 1e-3
 
 
+class Own:
+    """Data of the attacker's own."""
+
+    hash = "own"
+
+    def draw(self, n, rng):
+        return torch.rand(n, *SHAPE, generator=rng), torch.zeros(n, dtype=torch.int64)
+
+
 def test_each_target_is_what_it_says():
-    class Own:
-        hash = "own"
-
-        def draw(self, n, rng):
-            return torch.rand(n, *SHAPE, generator=rng), torch.zeros(n, dtype=torch.int64)
-
     obs, _ = seen()
     obs = dataclasses.replace(obs, auxiliary=Own())
     rng = torch.Generator().manual_seed(0)
@@ -123,6 +126,21 @@ def test_each_target_is_what_it_says():
     assert exact is obs.bn_stats
     drawn = torch.rand(64, *SHAPE, generator=torch.Generator().manual_seed(0))
     assert apart(proxy, bn_statistics(obs.model, drawn)) == 0
+
+
+def test_the_search_starts_alike_with_every_target(monkeypatch):
+    starts, begin = [], bn_update.search
+
+    def kept(obs, rng, **settings):
+        starts.append(rng.get_state())
+        return begin(obs, rng, **settings)
+
+    monkeypatch.setattr(bn_update, "search", kept)
+    threat = dataclasses.replace(ALL, has_auxiliary_data=True)
+    obs = dataclasses.replace(seen()[0], auxiliary=Own(), threat=threat)
+    for target in (None, Running(), Proxy(images=8), Inferred(), Exact()):
+        BatchNormUpdate(target, steps=1)(obs, torch.Generator().manual_seed(0))
+    assert all(torch.equal(state, starts[0]) for state in starts)
 
 
 def test_each_target_asks_for_its_own_facts():

@@ -71,6 +71,18 @@ def test_each_plant_is_refused_by_its_checks(batch, rng):
         assert "rank-one rows" in refusals(attack.plant(model, SHAPE, OWN, rng)[0], batch)
 
 
+def test_a_relu_in_place_hides_no_neuron_and_a_frozen_layer_is_no_error(batch, rng):
+    model = network()
+    planted, _ = QBI(batch=16, mean=0.3, std=0.37).plant(model, SHAPE, None, rng)
+    value, at = checks.lit_by_one(planted, batch)
+    for layer in planted.modules():
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = True
+    assert checks.lit_by_one(planted, batch) == (value, at) and value > 0
+    model.net[1].requires_grad_(False)
+    assert not checks.received(model, batch).refused
+
+
 def test_a_refusal_says_why_and_what_to_do(batch, rng):
     fished, _ = Fishing(target=0).plant(network(), SHAPE, None, rng)
     verdict = checks.received(fished, batch)

@@ -268,6 +268,14 @@ def test_a_client_of_one_step_was_at_its_start(digits, rng):
     assert SME(steps=3, lr_a=0.1)(obs, rng).notes["alpha"] == 0
 
 
+def test_clients_of_one_step_were_at_their_start_too(rng):
+    images, labels = torch.rand(4, 1, 8, 8, generator=rng, dtype=torch.float64), torch.tensor([0, 3, 5, 9])
+    model = models.build("mlp", num_classes=10, image_shape=(1, 8, 8), seed=0).double()
+    parts = [Batch(images[i : i + 2], labels[i : i + 2]) for i in (0, 2)]
+    obs = observe(model, parts, threat=KNOWN, rng=rng)
+    assert obs.client.steps == 2 and SME(steps=3, lr_a=0.1)(obs, rng).notes["alpha"] == 0
+
+
 def test_without_a_bend_or_a_share_it_is_one_gradient_by_plain_adam(digits):
     """Before the first step, with several rounds: the mean of the cosines at the weights of each."""
     first, batch = digits(Client(steps=2, lr=0.05))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gi_lib import Batch, NotApplicableError, ThreatModel, metrics, models, observe
+from gi_lib import Batch, Client, NotApplicableError, ThreatModel, metrics, models, observe
 from gi_lib.attacks import MKOR
 from gi_lib.models.carried import ONE_SIDED, TWO_SIDED, steps_of
 
@@ -126,6 +126,14 @@ def test_a_pool_to_one_cell_lets_each_of_four_through(rng):
 def test_the_last_class_alone_gives_nothing(rng):
     _, rec = attacked(model_of("lenet"), batch_of([4, 4], rng), rng)
     assert rec.images.shape == (0, *SHAPE) and rec.labels.tolist() == [] and rec.notes["of"] == []
+
+
+def test_the_steps_of_a_client_are_no_images(rng):
+    batch, threat = batch_of([0, 1, 1], rng), dataclasses.replace(MALICIOUS, knows_training_details=True)
+    once, often = (
+        attacked(model_of("cnn2"), batch, rng, threat=threat, client=Client(steps=T, lr=1e-6))[1].notes for T in (1, 4)
+    )
+    assert once["alone"] == often["alone"] == 1 and sorted(once["of"]) == sorted(often["of"][:2]) == [1, 2]
 
 
 def test_the_batch_size_may_be_unknown(rng):

@@ -164,6 +164,12 @@ def test_parameters_alone_change_where_the_first_layer_is_dense(rng):
     assert planted.state_dict().keys() == model.state_dict().keys()
 
 
+def test_a_relu_in_place_is_a_relu(rng):
+    layers = [nn.Flatten(), nn.Linear(432, 40), nn.ReLU(inplace=True), nn.Linear(40, 5)]
+    _, name = TrapWeights(rows=10).plant(models.wrap(nn.Sequential(*layers), num_classes=5), SHAPE, None, rng)
+    assert name == "net.1"
+
+
 @pytest.mark.parametrize("first", [nn.Conv2d(3, 4, 3), nn.Sequential(nn.Flatten(), nn.Linear(432, 40), nn.Sigmoid())])
 def test_any_other_model_gets_a_front(first, rng):
     """Without a dense first layer, or without its ReLU."""

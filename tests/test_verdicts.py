@@ -9,8 +9,10 @@ from gi_lib.results import verdicts
 from gi_lib.results.verdicts import Comparison, Images, compare, holm, level, share
 
 
-def measured(above, identified=None, chance=0.002):
-    index = pd.MultiIndex.from_product([["d"], range(len(above)), [0]], names=["dataset", "image", "seed"])
+def measured(above, identified=None, chance=0.002, batch=1):
+    """Images of cases of `batch` images each."""
+    of = [("d", i, 0, i - i % batch) for i in range(len(above))]
+    index = pd.MultiIndex.from_tuples(of, names=["dataset", "image", "seed", "case"])
     found = [False] * len(above) if identified is None else identified
     return Images(pd.Series(above, index=index, dtype=float), pd.Series(found, index=index), chance)
 
@@ -82,6 +84,32 @@ def test_few_pairs_have_no_verdict():
     assert compare([Comparison(("A", "B"), sides)])[0].why == "15 of the 16 pairs that are needed"
 
 
+def test_images_of_one_case_are_one_case():
+    """The same differences are a verdict as 32 cases, and none as 8 where the images of a case go together."""
+    together = np.repeat(spread(8, 0.8, 1.0), 4)
+    base = np.array(spread(32, 5, 1, 1))
+    sides = {batch: (measured(base + together, batch=batch), measured(base, batch=batch)) for batch in (1, 4)}
+    assert compare([Comparison(("A", "B"), sides[1])])[0].said == "A is ahead"
+    [said] = compare([Comparison(("A", "B"), sides[4])])
+    assert said.said == "not told apart" and "32 pairs of 8 cases" in said.why
+
+
+def test_few_cases_of_many_images_have_no_verdict():
+    sides = measured(spread(40, 9, 0.1), batch=8), measured(spread(40, 1, 0.1, 1), batch=8)
+    assert compare([Comparison(("A", "B"), sides)])[0].why == "the 40 pairs are of 5 cases, and 8 are needed"
+    sides = measured(spread(64, 9, 0.1), batch=8), measured(spread(64, 1, 0.1, 1), batch=8)
+    assert compare([Comparison(("A", "B"), sides)])[0].said == "A is ahead"
+
+
+def test_no_effect_is_seldom_an_effect_where_images_of_a_case_go_together():
+    rng, ahead = np.random.default_rng(0), 0
+    for _ in range(200):
+        shift = np.repeat(rng.normal(size=10), 10) + rng.normal(size=100)
+        sides = measured(5 + shift, batch=10), measured([5.0] * 100, batch=10)
+        ahead += "ahead" in compare([Comparison(("A", "B"), sides)])[0].said
+    assert ahead <= 20  # 10 are meant; as a hundred cases about half are
+
+
 def test_equal_needs_a_narrow_interval():
     base = np.array(spread(64, 5, 2))
     near, far = base + spread(64, 0.01, 0.2, 1), base + spread(64, 0.1, 3, 2)
@@ -126,5 +154,6 @@ def test_images_are_those_of_the_records():
     assert found.above.tolist() == [pytest.approx(48.9), -12.0] and found.identified.tolist() == [True, False]
     floors = pd.Series({("d", 2, 0): 11.0})
     assert verdicts.images(frame, floors).above.tolist()[-1] == -11.0
+    assert found.above.index.get_level_values("case").tolist() == [0, 0]
     assert found.chance == 0.002 and verdicts.images(frame.assign(returned=3)).chance == 0.006
     assert np.isnan(verdicts.images(frame.iloc[1:]).chance)

@@ -123,7 +123,8 @@ class Proxy:
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Goal:
         assert obs.auxiliary is not None
-        images, _ = obs.auxiliary.draw(self.images, rng)
+        own = rng.clone_state()  # the search starts where it does with any target
+        images, _ = obs.auxiliary.draw(self.images, own)
         with torch.no_grad():
             goal = bn_statistics(obs.model, images.to(obs.device, obs.dtype))
         return goal, partial(bn_statistics, obs.model)

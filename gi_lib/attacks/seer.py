@@ -182,7 +182,7 @@ def joint_training(
     for k in bar(range(attack.updates), desc="SEER", leave=False):
         x, y, c = batches()
         R = each(theta, x, y, c) / scale @ weight.T + bias
-        wanted, null = terms(R, x[:, -1].flatten(1), bias.detach())
+        wanted, null = terms(R, x[:, -1].flatten(1), bias)
         a = alpha(k / attack.updates, B)
         adam.zero_grad()
         ((wanted + a * null) / (1 + a)).backward()
@@ -237,7 +237,7 @@ def trained_together(obs: Observation) -> str | None:
 @dataclass(frozen=True)
 class SEER:
     needs: ClassVar[Needs] = Needs(("trapdoor",), model=(trained_together,))
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
 
     property: Any = brightest  # a Property
     batch: int = 64  # B, the smallest of the paper

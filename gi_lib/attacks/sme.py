@@ -98,7 +98,9 @@ class SME:
         y, pixels = self.label_rule(obs), Pixels(obs.model.mean, obs.model.std)
         rounds = [(o, o.one_gradient()) for o in (*obs.earlier, obs)]
         client: Any = obs.client
-        several = client.steps > 1
+        several = (
+            getattr(client, "client", client).steps > 1
+        )  # of each of several clients
         ratio = self.lr_a / self.lr
 
         def shares(u: Tensor) -> Tensor:

@@ -626,37 +626,54 @@ def _closed_forms(case: _Case) -> list[Finding]:
     return found
 
 
-def _closed_form(case: _Case, attack: Any, name: str, cost: str) -> list[Finding]:
-    results = []
-    for target in case.targets:
+def _each(
+    case: _Case, what: str, targets: Sequence[_Target], result: Callable[[int, _Target], _Result]
+) -> list[_Result]:
+    """The result on each target. One that refuses is written down as not tried, and takes nothing from the others."""
+    results, refused = [], []
+    for i, target in enumerate(targets):
         try:
-            obs = target.see(granted(attack))
-            if isinstance(attack, RGAP) and (size := largest_system(obs)) > MOST_UNKNOWNS:
-                raise NotApplicableError(f"a layer has {size:,} unknowns, and up to {MOST_UNKNOWNS:,} are solved here")
-            results.append(_run(case, attack, target, obs))
-        except ValueError as error:  # it does not apply, or gives no image
-            case.untried.append((f"closed form ({name})", str(error)))
-            return []
+            results.append(result(i, target))
+        except ValueError as error:  # it does not apply, or a defense or a model refuses what a server planted
+            refused.append((f"{what} on the {target.name}", str(error)))
+    if results or len({reason for _, reason in refused}) > 1:
+        case.untried.extend(refused)
+    elif refused:
+        case.untried.append((what, refused[0][1]))
+    return results
+
+
+def _closed_form(case: _Case, attack: Any, name: str, cost: str) -> list[Finding]:
+    def solved(i: int, target: _Target) -> _Result:
+        obs = target.see(granted(attack))
+        if isinstance(attack, RGAP) and (size := largest_system(obs)) > MOST_UNKNOWNS:
+            raise NotApplicableError(f"a layer has {size:,} unknowns, and up to {MOST_UNKNOWNS:,} are solved here")
+        return _run(case, attack, target, obs)
+
+    if not (results := _each(case, f"closed form ({name})", case.targets, solved)):
+        return []
     return [_images(case, f"Does a formula give the images? ({name})", results, case.attacker(attack), cost, "formula")]
 
 
 def _malicious(case: _Case) -> list[Finding]:
     """An imprint before the model. It has to be planted before the round, so that clients are simulated."""
-    attack, results = RobbingTheFed(), []
+    attack, what = RobbingTheFed(), "a server that changes the model (Robbing the Fed)"
     public = public_images(case.shape, split="train")
-    try:
-        if public is None or not case.simulated:
-            raise NotApplicableError("it needs public images, and clients simulated on others, before the round")
-        for i, target in enumerate(case.simulated):
-            assert target.truth is not None
-            rng = torch.Generator().manual_seed(case.seed + i)
-            planted, trapdoor = attack.plant(case.model, case.shape, public, rng)
-            threat = granted(attack, details=case.details)
-            settings = {"client": case.client, "defense": case.defense, "threat": threat, "auxiliary": public}
-            obs = observe(planted, target.truth, **settings, trapdoor=trapdoor, rng=rng)  # type: ignore[arg-type]
-            results.append(_run(case, attack, target, obs))
-    except ValueError as error:  # a defense or a model may refuse the layer
-        case.untried.append(("a server that changes the model (Robbing the Fed)", str(error)))
+    if public is None or not case.simulated:
+        needed = "it needs public images, and clients simulated on others, before the round"
+        case.untried.append((what, needed))
+        return []
+
+    def read(i: int, target: _Target) -> _Result:
+        assert target.truth is not None
+        rng = torch.Generator().manual_seed(case.seed + i)
+        planted, trapdoor = attack.plant(case.model, case.shape, public, rng)
+        threat = granted(attack, details=case.details)
+        settings = {"client": case.client, "defense": case.defense, "threat": threat, "auxiliary": public}
+        obs = observe(planted, target.truth, **settings, trapdoor=trapdoor, rng=rng)  # type: ignore[arg-type]
+        return _run(case, attack, target, obs)
+
+    if not (results := _each(case, what, case.simulated, read)):
         return []
     attacker = f"a server that puts a layer of its own before the model, with public images ({granted(attack).letter})"
     question = "What does a server get that changes the model? (Robbing the Fed)"
@@ -743,7 +760,8 @@ def _searches(case: _Case, end: float, steps: int | None) -> list[Finding]:
             plan.append(search)
     if steps is None:
         for search in plan:
-            search.seconds = _step_seconds(search.make(2), search.seen[0][1], case.seed)
+            search.seconds = _first_step(case, search)
+        plan = [search for search in plan if search.seen]
         while len(plan) > 1 and (short := [s for s in plan if not s.useful((end - time.perf_counter()) / len(plan))]):
             plan.remove(short[-1])
             case.untried.append((short[-1].name, f"the budget leaves it less than {short[-1].least} steps"))
@@ -752,13 +770,31 @@ def _searches(case: _Case, end: float, steps: int | None) -> list[Finding]:
         affords = search.affords((end - time.perf_counter()) / (len(plan) - i))
         n = steps or max(affords, min(search.least, LEAST_STEPS))
         begun = time.perf_counter()
-        results = [_run(case, search.make(n), target, obs) for target, obs in search.seen]
+
+        def tried(i: int, target: _Target, search: _Search = search, n: int = n) -> _Result:
+            return _run(case, search.make(n), target, search.seen[i][1])
+
+        results = _each(case, search.name, [target for target, _ in search.seen], tried)
+        if not results:
+            continue
         spent = f"{n:,} steps on each update, {time.perf_counter() - begun:.0f} s in all"
         question = f"Does a search find the images? ({search.name})"
         attacker = case.attacker(search.make(1), search.told)
         by = "statistics" if {STATISTICS, RETURNED} & set(search.told) else "search"
         findings.append(_images(case, question, results, attacker, spent, by))
     return findings
+
+
+def _first_step(case: _Case, search: "_Search") -> float:
+    """Seconds of a step on the first target that the search does not refuse; the others are dropped from it."""
+    while search.seen:
+        target, obs = search.seen[0]
+        try:
+            return _step_seconds(search.make(2), obs, case.seed)
+        except NotApplicableError as error:
+            case.untried.append((f"{search.name} on the {target.name}", str(error)))
+            del search.seen[0]
+    return math.inf
 
 
 @dataclass

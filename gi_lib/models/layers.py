@@ -126,7 +126,12 @@ def zeros_follow(model: Classifier, weight: str, image_shape: Shape) -> bool:
     """Whether the logits do not depend on what the dense layer of this weight gives below zero, as behind a ReLU."""
     kept: list[Tensor] = []
     layer = model.get_submodule(weight.rpartition(".")[0])
-    handle = layer.register_forward_hook(lambda _, inputs, output: kept.append(output))
+
+    def keep(_, inputs, output):
+        kept.append(output)
+        return output.clone()  # a ReLU in place overwrites that one
+
+    handle = layer.register_forward_hook(keep)
     images = probe(model, image_shape)
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):

@@ -123,7 +123,9 @@ COLUMNS: dict[str, Column] = {
     "steps": Column("Steps that were taken.", "steps", 0),
     "budget": Column("Steps that were allowed; null for a technique that takes none.", "steps", 0),
     "restarts": Column("Starts, of which the one with the least loss is returned.", "starts", 1),
-    "gradient_evaluations": Column("Gradients of the model that the attack computed.", "evaluations", 0),
+    "gradient_evaluations": Column(
+        "Guesses of which the attack computed the update, all steps and rounds at once.", "evaluations", 0
+    ),
     "training_step_seconds": Column(f"Time of {_STEP}, in the unit of `cpu_seconds`.", "seconds", 0),
     "training_steps": Column(f"The attack's cost: cpu_seconds over the time of {_STEP}.", "training steps", 0),
     "evaluation_training_steps": Column("The same for one gradient evaluation.", "training steps", 0),

@@ -3,9 +3,11 @@
 A claim is a stated margin and an interval of what was measured: it is reproduced where the whole interval lies within
 the margin, exceeded where it lies above, not reproduced where it lies below, and else undecided. Fewer cases make the
 interval wider, and so no claim easier to pass. Two techniques are compared on the same images at equal cost, by two
-endpoints in this order: images identified (McNemar's exact test), dB above the floor (Wilcoxon's signed ranks); all
-tests of a table are corrected together (Holm, 1979). There is no verdict where too few cases were measured, nor where
-nothing measured is above the floor or identified beyond chance: a difference between two failures says nothing.
+endpoints in this order: images identified (McNemar's exact test), dB above the floor (Wilcoxon's signed ranks). Images
+of one update share its gradient, its network and the start, and are no cases of their own: where cases have several
+images, the cases' means are compared, by flips of their signs (Fisher's randomisation test). All tests of a table are
+corrected together (Holm, 1979). There is no verdict where too few cases were measured, nor where nothing measured is
+above the floor or identified beyond chance: a difference between two failures says nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 ALPHA = 0.05
 """Of each table of tests; intervals of claims are of 1 - 2 ALPHA, as two one-sided tests ask for (Schuirmann, 1987)."""
 CASES, PAIRS = 8, 16
-"""With fewer cases no claim is judged; with fewer pairs no two techniques are compared."""
+"""With fewer cases no claim is judged; with fewer pairs of images, or fewer cases, no two techniques are compared."""
 DECIBELS, SHARE = 1.0, 0.1
 """The margins of a level in dB and of a share, unless a claim states another."""
 EXACT = 58.9
@@ -97,6 +99,7 @@ class Images:
 
     Args:
         above: dB above the floor, PSNR cut at EXACT; a case that failed or an image that was missed has 0 dB of PSNR.
+            All levels of the index but "image" tell one case from another.
         identified: whether the true image was the nearest.
         chance: of being identified, the largest of the cases.
     """
@@ -108,17 +111,22 @@ class Images:
     @property
     def seen(self) -> bool:
         """Whether there is anything to compare."""
-        return above_floor(self.above.tolist()) or beyond_chance(
+        return above_floor(by_case(self.above).tolist()) or beyond_chance(
             int(self.identified.sum()), len(self.identified), self.chance
         )
 
 
+def by_case(values: pd.Series) -> pd.Series:
+    """The mean over the images of each case."""
+    return values.groupby([name for name in values.index.names if name != "image"]).mean() if len(values) else values
+
+
 def images(frame: pd.DataFrame, floors: pd.Series | None = None) -> Images:
-    """The images of records, by dataset, index and seed; cases that do not apply are left out.
+    """The images of records, by dataset, index, seed and first index of the case; what does not apply is left out.
 
     Args:
         frame: from `results.read`.
-        floors: of images whose own case failed, by the same index; without it such images are left out.
+        floors: of images whose own case failed, by dataset, index and seed; without it such images are left out.
     """
     import pandas as pd
 
@@ -128,10 +136,14 @@ def images(frame: pd.DataFrame, floors: pd.Series | None = None) -> Images:
             name = (row["dataset"], index, row["seed"])
             if row["status"] == "ok":
                 psnr, own = row["psnr"][k], row["floor"][k]
-                found[name] = (min(psnr if psnr is not None else 0.0, EXACT) - own, bool(row["identified"][k]))
+                value = min(psnr if psnr is not None else 0.0, EXACT) - own, bool(row["identified"][k])
             elif floors is not None and name in floors.index:
-                found[name] = (-float(floors[name]), False)
-    index = pd.MultiIndex.from_tuples(list(found), names=["dataset", "image", "seed"]) if found else pd.Index([])
+                value = -float(floors[name]), False
+            else:
+                continue
+            found[*name, row["indices"][0]] = value
+    names = ["dataset", "image", "seed", "case"]
+    index = pd.MultiIndex.from_tuples(list(found), names=names) if found else pd.Index([])
     above, identified = (pd.Series([v[i] for v in found.values()], index=index) for i in range(2))
     return Images(above.astype(float), identified.astype(bool), max(chances(frame), default=float("nan")))
 
@@ -163,38 +175,56 @@ def compare(comparisons: Sequence[Comparison], margin: float = 0.5) -> list[Verd
     for i, comparison in enumerate(comparisons):
         a, b = (side.above for side in comparison.sides)
         both = a.index.intersection(b.index)
-        above = (a[both] - b[both]).to_numpy()
-        found = [side.identified[both].to_numpy() for side in comparison.sides]
-        paired.append(above)
-        verdicts.append(_no_verdict(comparison, len(both)))
+        above = by_case(a[both] - b[both]).to_numpy()
+        more = comparison.sides[0].identified[both].astype(int) - comparison.sides[1].identified[both].astype(int)
+        found = by_case(more).to_numpy()
+        paired.append((above, len(both)))
+        verdicts.append(_no_verdict(comparison, len(both), len(above)))
         if verdicts[i] is None:
-            first, second = int((found[0] & ~found[1]).sum()), int((found[1] & ~found[0]).sum())
-            p = stats.binomtest(first, first + second).pvalue if first + second else 1.0
-            tests.append((i, "identified", first - second, float(p)))
-            tests.append((i, "dB", float(above.mean()), float(stats.wilcoxon(above).pvalue) if above.any() else 1.0))
+            if len(above) < len(both):
+                p = [_flips(found), _flips(above)]
+            else:
+                first, second = int((found > 0).sum()), int((found < 0).sum())
+                p = [
+                    float(stats.binomtest(first, first + second).pvalue) if first + second else 1.0,
+                    float(stats.wilcoxon(above).pvalue) if above.any() else 1.0,
+                ]
+            tests.append((i, "identified", int(more.sum()), p[0]))
+            tests.append((i, "dB", float(above.mean()), p[1]))
     corrected = holm([test[3] for test in tests])
     for i, comparison in enumerate(comparisons):
         if verdicts[i] is None:
             mine = [(*test[1:3], p) for test, p in zip(tests, corrected, strict=True) if test[0] == i]
-            verdicts[i] = _ahead(comparison, mine, paired[i], margin)
+            verdicts[i] = _ahead(comparison, mine, *paired[i], margin)
     return [verdict for verdict in verdicts if verdict is not None]
 
 
-def _no_verdict(comparison: Comparison, pairs: int) -> Verdict | None:
+def _flips(differences: np.ndarray) -> float:
+    """How often the mean is as far from zero where each sign is a toss: exact up to 13 cases."""
+    from scipy import stats
+
+    how = {"permutation_type": "samples", "n_resamples": 9999, "random_state": 0}
+    return float(stats.permutation_test((differences,), np.mean, **how).pvalue)
+
+
+def _no_verdict(comparison: Comparison, pairs: int, cases: int) -> Verdict | None:
     if pairs < PAIRS:
         return Verdict("no verdict", f"{pairs} of the {PAIRS} pairs that are needed")
+    if cases < CASES:
+        return Verdict("no verdict", f"the {pairs} pairs are of {cases} cases, and {CASES} are needed")
     if not any(side.seen for side in comparison.sides):
         return Verdict("no verdict", "neither is above the floor or identified beyond chance")
     return None
 
 
 def _ahead(
-    comparison: Comparison, tests: Sequence[tuple[str, float, float]], above: np.ndarray, margin: float
+    comparison: Comparison, tests: Sequence[tuple[str, float, float]], above: np.ndarray, pairs: int, margin: float
 ) -> Verdict:
     from scipy import stats
 
     at = "" if comparison.evaluations is None else f" at {comparison.evaluations:,} evaluations"
-    numbers = f"{len(above)} pairs: {tests[0][1]:+d} images identified (p {tests[0][2]:.2g}), "
+    of = f" of {len(above)} cases" if len(above) < pairs else ""
+    numbers = f"{pairs} pairs{of}: {tests[0][1]:+d} images identified (p {tests[0][2]:.2g}), "
     numbers += f"{tests[1][1]:+.1f} dB (p {tests[1][2]:.2g})"
     for _, difference, p in tests:
         if p < ALPHA:
