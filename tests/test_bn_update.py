@@ -18,13 +18,13 @@ ONE = Client()
 ALL = ThreatModel(knows_bn_stats=True, knows_buffers=True, knows_training_details=True, knows_order=True)
 
 
-def seen(name="resnet20", size=4, train=True, client=ONE, threat=ALL, change=lambda model: None, labels=None):
+def seen(name="resnet20", size=4, train=True, client=ONE, threat=ALL, change=lambda model: None, labels=None, **given):
     """An observation of random images through a network in train mode, and the batch."""
     model = models.build(name, num_classes=4, image_shape=SHAPE, mean=0.4, std=0.3).train(train)
     change(model)
     rng = torch.Generator().manual_seed(3)
     batch = Batch(torch.rand(size, *SHAPE, generator=rng), torch.arange(size) % 4 if labels is None else labels)
-    return observe(model, batch, client=client, threat=threat, rng=rng), batch
+    return observe(model, batch, client=client, threat=threat, rng=rng, **given), batch
 
 
 def norms(model):
@@ -137,7 +137,7 @@ def test_the_search_starts_alike_with_every_target(monkeypatch):
 
     monkeypatch.setattr(bn_update, "search", kept)
     threat = dataclasses.replace(ALL, has_auxiliary_data=True)
-    obs = dataclasses.replace(seen()[0], auxiliary=Own(), threat=threat)
+    obs, _ = seen(threat=threat, auxiliary=Own())
     for target in (None, Running(), Proxy(images=8), Inferred(), Exact()):
         BatchNormUpdate(target, steps=1)(obs, torch.Generator().manual_seed(0))
     assert all(torch.equal(state, starts[0]) for state in starts)
