@@ -154,6 +154,8 @@ def test_images_are_those_of_the_records():
     assert found.above.tolist() == [pytest.approx(48.9), -12.0] and found.identified.tolist() == [True, False]
     floors = pd.Series({("d", 2, 0): 11.0})
     assert verdicts.images(frame, floors).above.tolist()[-1] == -11.0
-    assert found.above.index.get_level_values("case").tolist() == [0, 0]
+    assert found.above.index.get_level_values("case").tolist() == ["0 1", "0 1"]
+    larger = {**ok, "indices": [0, 1, 4], "psnr": [9.0] * 3, "floor": [8.0] * 3, "identified": [True] * 3}
+    assert len(verdicts.images(pd.DataFrame([ok, larger])).above) == 5
     assert found.chance == 0.002 and verdicts.images(frame.assign(returned=3)).chance == 0.006
     assert np.isnan(verdicts.images(frame.iloc[1:]).chance)

@@ -122,7 +122,7 @@ def by_case(values: pd.Series) -> pd.Series:
 
 
 def images(frame: pd.DataFrame, floors: pd.Series | None = None) -> Images:
-    """The images of records, by dataset, index, seed and first index of the case; what does not apply is left out.
+    """The images of records, by dataset, index, seed and all indices of the case; what does not apply is left out.
 
     Args:
         frame: from `results.read`.
@@ -132,6 +132,7 @@ def images(frame: pd.DataFrame, floors: pd.Series | None = None) -> Images:
 
     found: dict[tuple, tuple[float, bool]] = {}
     for row in frame[frame["status"] != "not applicable"].to_dict("records"):
+        case = " ".join(map(str, row["indices"]))
         for k, index in enumerate(row["indices"]):
             name = (row["dataset"], index, row["seed"])
             if row["status"] == "ok":
@@ -141,7 +142,7 @@ def images(frame: pd.DataFrame, floors: pd.Series | None = None) -> Images:
                 value = -float(floors[name]), False
             else:
                 continue
-            found[*name, row["indices"][0]] = value
+            found[*name, case] = value
     names = ["dataset", "image", "seed", "case"]
     index = pd.MultiIndex.from_tuples(list(found), names=names) if found else pd.Index([])
     above, identified = (pd.Series([v[i] for v in found.values()], index=index) for i in range(2))
