@@ -334,7 +334,7 @@ def _explored(row: dict[str, Any], pictures: dict[tuple[str, str], Path]) -> dic
         "lr": settings.get("lr"),
         "images": f"{row['split']} {', '.join(map(str, row['indices']))}",
         "started": row["started"][:10],
-        "picture": results.pictured(path, row["batch_size"]) if path else 0,
+        "picture": len(results.pictured(path, row["batch_size"])) if path else 0,
     }
     return {name: _brief(values[name]) for name in (*EXPLORED, "case", "error", "picture")}
 

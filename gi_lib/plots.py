@@ -450,10 +450,10 @@ def _cell(cases: pd.DataFrame, folder: Path, which: Sequence[str]) -> str:
         return count
     shows = [results.pictured(_path(case, folder), case["batch_size"]) for _, case in done.iterrows()]
     images = (
-        (psnr - floor, psnr, i, k)
+        (psnrs[i] - floors[i], psnrs[i], i, k)
         for k, (psnrs, floors) in enumerate(zip(done["psnr"], done["floor"], strict=True))
-        for i, (psnr, floor) in enumerate(zip(psnrs[: shows[k]], floors[: shows[k]], strict=True))
-        if psnr is not None
+        for i in shows[k]
+        if psnrs[i] is not None
     )
     ranked = sorted(images)
     if not ranked:
@@ -470,12 +470,14 @@ def _path(case: pd.Series, folder: Path) -> Path:
 def _pair(done: pd.DataFrame, folder: Path, name: str, above: float, psnr: float, i: int, k: int) -> str:
     """One image and its reconstruction, with the numbers of this image."""
     case = done.iloc[k]
-    truth, reconstruction = results.read_picture(_path(case, folder), case["batch_size"])
+    path, size = _path(case, folder), case["batch_size"]
+    truth, reconstruction = results.read_picture(path, size)
+    place = results.pictured(path, size).index(i)
     where = f"{case['attack']} on {case['model']}, {case['dataset']}"
     alt = f"Private image and reconstruction, {where}, {psnr:.1f} dB"
     found = "identified" if case["identified"][i] else "not identified"
     own = f"{name and name + ': '}{psnr:.1f} dB, {above:+.1f} from its floor, {found}"
-    image = picture(torch.stack([truth[i], reconstruction[i]]), alt, shown=96)
+    image = picture(torch.stack([truth[place], reconstruction[place]]), alt, shown=96)
     return f'<div style="width:192px">{image}<div>{own}</div></div>'
 
 

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import PngImagePlugin
 
 from gi_lib import results
 
@@ -273,12 +274,23 @@ def test_a_picture_keeps_every_byte(tmp_path, channels):
     assert torch.equal(below, images)
 
 
-def test_of_a_large_batch_the_first_images_are_pictured(tmp_path):
+def test_of_a_large_batch_the_images_that_came_back_are_pictured_first(tmp_path):
     truth, images = torch.rand(2, 33, 3, 4, 5)
+    images[:22], images[23:30] = 0, 0
     results.write_picture(tmp_path / "p.png", truth, images)
     above, below = results.read_picture(tmp_path / "p.png", 33)
-    assert results.pictured(tmp_path / "p.png", 33) == len(above) == len(below) == 8
-    torch.testing.assert_close(above, truth[:8], rtol=0, atol=0.5 / 255 + 1e-6)
+    places = [0, 1, 2, 3, 22, 30, 31, 32]
+    assert results.pictured(tmp_path / "p.png", 33) == places
+    for shown, all_ in ((above, truth), (below, images)):
+        torch.testing.assert_close(shown, all_[places], rtol=0, atol=0.5 / 255 + 1e-6)
+
+
+def test_an_older_picture_of_a_large_batch_says_how_many_it_has(tmp_path):
+    said = PngImagePlugin.PngInfo()
+    said.add_text("images", "8")
+    results.bitmap(torch.rand(2, 8, 3, 4, 5)).save(tmp_path / "p.png", pnginfo=said)
+    assert results.pictured(tmp_path / "p.png", 64) == list(range(8))
+    assert len(results.read_picture(tmp_path / "p.png", 64)[0]) == 8
 
 
 def test_a_picture_that_is_not_there_is_an_error(tmp_path):

@@ -170,16 +170,17 @@ def _untrue(row: Record, path: Path, dataset: data.Dataset, candidates: Images) 
         return [f"floor {row['floor']} is not that of these images"]
     try:
         truth, images = results.read_picture(path, row["batch_size"])
+        places = results.pictured(path, row["batch_size"])
     except (OSError, ValueError, RuntimeError):
         return [f"its picture {path} is missing or damaged"]
-    private = batch.images[: len(truth)]  # of a large batch the first are pictured
+    private = batch.images[places]  # of a large batch some are pictured
     if truth.shape != private.shape or (truth - private).abs().max() > LEVEL:
         return [f"its picture {path} shows other private images than these"]
     found = []
-    for i, psnr in enumerate((row["psnr"] or ())[: len(truth)]):
-        if psnr is None:
+    for k, i in enumerate(places if row["psnr"] else ()):
+        if (psnr := row["psnr"][i]) is None:
             continue
-        image, own = images[i : i + 1], _distance(images[i : i + 1], batch.images[i : i + 1])
+        image, own = images[k : k + 1], _distance(images[k : k + 1], batch.images[i : i + 1])
         if abs(own - 10 ** (-psnr / 20)) > LEVEL + 1e-6:
             found.append(f"it says PSNR {psnr:.2f} dB, its picture has {-20 * math.log10(max(own, 1e-9)):.2f} dB")
         elif row["identified"] and row["identified"][i] and own > _distance(image, candidates) + 2 * LEVEL:

@@ -1,6 +1,6 @@
 """The picture of a case, `results/<study>/<key>.png`: lossless, the true images above the reconstructed ones.
 
-Of a batch of more than MANY images it shows the first PICTURED, and says so within the file.
+Of a batch of more than MANY images it shows PICTURED, first those that came back, and says within the file which.
 """
 
 from collections.abc import Sequence
@@ -30,15 +30,18 @@ def bitmap(rows: Sequence[Images]) -> Image.Image:
 def write_picture(path: Path, truth: Images, reconstruction: Images, *, zoom: int = 1) -> None:
     """Save true images above reconstructed ones, both [B, C, H, W] in [0, 1] in the same order, as 8-bit PNG.
 
-    Every pixel becomes `zoom` x `zoom`. Of more than MANY images the first PICTURED are saved.
+    Every pixel becomes `zoom` x `zoom`. Of more than MANY images PICTURED are saved, first those that are not black
+    below, as an image is that was missed.
 
     Raises:
         OSError: the disk is full, or the file can't be written; then nothing is left of it.
     """
     said = PngImagePlugin.PngInfo()
     if len(truth) > MANY:
-        truth, reconstruction = truth[:PICTURED], reconstruction[:PICTURED]
-        said.add_text("images", str(PICTURED))
+        missed = (reconstruction == 0).flatten(1).all(1).int()
+        places = missed.argsort(stable=True)[:PICTURED].sort().values
+        truth, reconstruction = truth[places], reconstruction[places]
+        said.add_text("images", " ".join(map(str, places.tolist())))
     image = bitmap([truth, reconstruction])
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,16 +53,21 @@ def write_picture(path: Path, truth: Images, reconstruction: Images, *, zoom: in
         raise
 
 
-def pictured(path: Path, batch_size: int) -> int:
-    """How many images of a batch its picture shows, the first of them."""
+def pictured(path: Path, batch_size: int) -> list[int]:
+    """The places in their batch of the images that a picture shows."""
     with Image.open(path) as image:
-        return int(image.info.get("images", batch_size))
+        return _places(image, batch_size)
+
+
+def _places(image: Image.Image, batch_size: int) -> list[int]:
+    places = [int(place) for place in image.info.get("images", "").split()] or [batch_size]
+    return places if len(places) > 1 else list(range(places[0]))  # a number alone: so many, from the first on
 
 
 def read_picture(path: Path, batch_size: int) -> tuple[Images, Images]:
     """The true and the reconstructed images, each [N, C, H, W] in [0, 1], of a picture without zoom.
 
-    N is the batch size, or what `pictured` says of a large batch.
+    N is the batch size, or as many as `pictured` names of a large batch, in its order.
 
     Raises:
         FileNotFoundError: there is no such picture.
@@ -67,7 +75,7 @@ def read_picture(path: Path, batch_size: int) -> tuple[Images, Images]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no picture at {path}; it is stored with the records, and a failed case has none")
     with Image.open(path) as image:
-        shown = int(image.info.get("images", batch_size))
+        shown = len(_places(image, batch_size))
         pixels = torch.from_numpy(np.atleast_3d(np.asarray(image)).copy()).permute(2, 0, 1) / 255
     upper, lower = (torch.stack(row.chunk(shown, dim=2)) for row in pixels.chunk(2, dim=1))
     return upper, lower
