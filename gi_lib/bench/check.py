@@ -177,8 +177,9 @@ def _untrue(row: Record, path: Path, dataset: data.Dataset, candidates: Images) 
     if truth.shape != private.shape or (truth - private).abs().max() > LEVEL:
         return [f"its picture {path} shows other private images than these"]
     found = []
-    for k, i in enumerate(places if row["psnr"] else ()):
-        if (psnr := row["psnr"][i]) is None:
+    scores = row["psnr"] or [None] * row["batch_size"]
+    for k, i in enumerate(places):
+        if (psnr := scores[i]) is None:
             continue
         image, own = images[k : k + 1], _distance(images[k : k + 1], batch.images[i : i + 1])
         if abs(own - 10 ** (-psnr / 20)) > LEVEL + 1e-6:
