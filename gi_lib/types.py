@@ -344,6 +344,11 @@ class Observation:
                 )
 
     @property
+    def each_client(self) -> Any:
+        """What each of several clients runs, or the one client; None where its training details are withheld."""
+        return getattr(self.client, "client", self.client)
+
+    @property
     def device(self) -> torch.device:
         return next(iter(self.gradient.values())).device
 

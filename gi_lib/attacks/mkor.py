@@ -141,8 +141,8 @@ class MKOR:
         blocks = sum(bool(s.halves) and not s.shifts for s in trap.steps)
         notes: dict[str, Any] = {"enlarged": 2**blocks}
         if B is not None:
-            client = getattr(obs.client, "client", obs.client)  # each of several
-            n = (-B / getattr(client, "steps", 1) * db[c]).round()
+            steps = getattr(obs.each_client, "steps", 1)
+            n = (-B / steps * db[c]).round()
             notes |= {"alone": int((n == 1).sum()), "of": n.int().tolist()}
             if obs.num_classes - 1 < B:
                 notes["crowded"] = True  # more images than classes

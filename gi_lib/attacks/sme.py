@@ -98,9 +98,7 @@ class SME:
         y, pixels = self.label_rule(obs), Pixels(obs.model.mean, obs.model.std)
         rounds = [(o, o.one_gradient()) for o in (*obs.earlier, obs)]
         client: Any = obs.client
-        several = (
-            getattr(client, "client", client).steps > 1
-        )  # of each of several clients
+        several = obs.each_client.steps > 1
         ratio = self.lr_a / self.lr
 
         def shares(u: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def descent(obs: Observation, rule: str) -> Descent:
         WithheldError: the threat model withholds it.
         NotApplicableError: the client's optimiser sends no sum of gradients.
     """
-    client: Any = getattr(obs.client, "client", obs.client)  # that of each of several clients
+    client = obs.each_client
     if client is None:
         raise WithheldError(
             f"{rule} must know how many steps the update sums; observe with ThreatModel(knows_training_details=True),"
