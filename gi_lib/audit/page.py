@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gi_lib.audit import Audit, Finding
+    from gi_lib.audit.report import Audit, Finding
 
 _CLASS = {
     "leaks": "bad",
