@@ -11,7 +11,7 @@ From S seeds at once, each a whole batch x_s with labels read off the last layer
 by Adam with cosine decay, and noise gamma_k a_n N(0, 1) after each step. mu_l and var_l
 are the batch-norm statistics of the private batch, which the threat model must grant
 unless `bn` is 0. E is the consensus: the mean over the seeds of their images, each
-first registered to the plain mean. It is renewed every `renew` steps, and does not
+first registered to those before it. It is renewed every `renew` steps, and does not
 depend on x_s in between. `consensus=plain_mean` is the paper's "lazy" one.
 
 The labels are those that are known, or the paper's: the B classes whose row of the last
@@ -20,12 +20,13 @@ layer's weight gradient has the smallest minimum, which sees no repeats.
 
 Departs from the paper, whose code is not public, so that weights and schedule are
 second hand. An image is registered by the shift of whole pixels at which it correlates
-best in brightness (phase correlation, of scikit-image), not by RANSAC-flow; one that
-would move by more than an eighth of its side is left where it is. Where known labels
-repeat, the slots of a seed that share one first change places with each other, so that
-they are nearest to the first seed's by least squares. A seed that is no longer finite
-is left out of E. a_n is .01 and not .2, which drowns short runs, as a public framework
-also found. The seed of least gradient distance is returned.
+best in brightness (by scikit-image), and not by RANSAC-flow; to the mean of the seeds
+before it, and not to the mean of all, which holds the image itself, and by its noise
+holds it in place. One that would move by more than an eighth of its side is left where
+it is. Where known labels repeat, the slots of a seed that share one first change places
+with each other, so that they are nearest to the first seed's by least squares. A seed
+that is no longer finite is left out of E. a_n is .01 and not .2, which drowns short
+runs, as a public framework also found. The seed of least gradient distance is returned.
 """
 
 import itertools
@@ -34,6 +35,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -80,17 +82,18 @@ def plain_mean(x: Seeds) -> Images:
 
 
 def registered_mean(x: Seeds) -> Images:
-    """The mean over seeds, each image shifted to fit the plain mean."""
+    """The mean over seeds, each image shifted to fit the mean of those before it."""
     from skimage.registration import phase_cross_correlation  # slow to import
 
     moved, (S, B, _, H, W) = x.clone(), x.shape
     grey = x.mean(2).cpu().numpy()
-    goal = grey.mean(0)
-    for s, i in itertools.product(range(S), range(B)):
-        shift, _, _ = phase_cross_correlation(goal[i], grey[s, i])
+    for s, i in itertools.product(range(1, S), range(B)):
+        pair = grey[:s, i].mean(0), grey[s, i]
+        shift, _, _ = phase_cross_correlation(*pair, normalization=None)
         down, right = (int(n) for n in shift)
         if abs(down) <= H // 8 and abs(right) <= W // 8:
             moved[s, i] = x[s, i].roll((down, right), (-2, -1))
+            grey[s, i] = np.roll(grey[s, i], (down, right), (-2, -1))
     return moved.mean(0)
 
 
@@ -126,7 +129,7 @@ class GradInversion:
         model=(normalises_batches,),
         labels=True,
     )
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
 
     steps: int = 20_000
     lr: float = 0.1
