@@ -7,7 +7,7 @@ import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
@@ -34,7 +34,7 @@ _MASKS = {  # class, without its number of axes -> where it holds the share that
 }
 
 
-_SEEN: ContextVar[list[tuple["BatchNorm", Tensor]] | None] = ContextVar("seen", default=None)
+_SEEN: ContextVar[Callable[["BatchNorm", Tensor], None] | None] = ContextVar("seen", default=None)
 """Where the batch norms of this thread write down what they are given; None where nobody asks."""
 
 
@@ -68,7 +68,7 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if (seen := _SEEN.get()) is not None:
-            seen.append((self, x))
+            seen(self, x)
         shape = (1, -1) + (1,) * (x.ndim - 2)
         if self.own_statistics:
             if x.numel() == x.shape[1]:
@@ -472,10 +472,10 @@ def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
 
 
 @contextlib.contextmanager
-def inputs_of_batch_norms() -> Iterator[list[tuple[BatchNorm, Tensor]]]:
-    """Each batch norm that this thread runs, with its input, in order."""
+def inputs_of_batch_norms(*, detached: bool = False) -> Iterator[list[tuple[BatchNorm, Tensor]]]:
+    """Each batch norm that this thread runs, with its input, in order; `detached` keeps no graph alive."""
     seen: list[tuple[BatchNorm, Tensor]] = []
-    token = _SEEN.set(seen)
+    token = _SEEN.set(lambda norm, x: seen.append((norm, x.detach() if detached else x)))
     try:
         yield seen
     finally:

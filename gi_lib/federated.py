@@ -262,8 +262,11 @@ class Client:
                 total = d if total is None else {name: total[name] + d[name] for name in d}
                 if t + 1 < self.steps:
                     theta = {name: p - self.lr * d[name] for name, p in theta.items()}
+                if not graph and not in_functorch():  # no step needs the graph of those before it
+                    theta = {name: p.detach().requires_grad_() for name, p in theta.items()}
+                    total, *state = ({name: v.detach() for name, v in some.items()} for some in (total, *state))
         assert total is not None
-        if images.requires_grad and not any(g.requires_grad for g in total.values()):
+        if graph and images.requires_grad and not any(g.requires_grad for g in total.values()):
             raise RuntimeError(
                 "the client's rule returned a gradient that does not depend on the images for autograd; compute it"
                 " with create_graph=True, and don't detach it"
@@ -333,8 +336,9 @@ class Clients:
 def graph_of(client: ClientUpdate | None, model: Classifier, images: Tensor) -> Graph | None:
     """What autograd keeps of one guess while local steps are simulated, measured on one of them.
 
-    Every step keeps as much. Where that is more than half of the memory that is free, the steps are computed again on
-    the way back, and of each only its parameters are kept, with what the optimiser remembers.
+    Every step keeps as much. Where that is more than half of the memory that is free, and where it is less, the steps
+    are computed again on the way back: of each only its parameters and their change are kept, and what the optimiser
+    remembers. Of a small batch through a large network that is more.
 
     Args:
         images: as many as the client has.
@@ -354,9 +358,10 @@ def graph_of(client: ClientUpdate | None, model: Classifier, images: Tensor) -> 
     theta = sum(p.numel() * p.element_size() for p in Parameters(model).values())
     adam = isinstance(own.optimiser, Adam)
     whole = client.steps * (step + 6 * adam * theta)  # m, v, and what their quotient keeps
-    if whole <= free_bytes(images.device) / 2 or model.draws:
-        return Graph(client.steps, whole)
-    return Graph(client.steps, client.steps * (4 if adam else 2) * theta + step, recompute=True)
+    again = client.steps * (4 if adam else 2) * theta + step
+    if again < whole and whole > free_bytes(images.device) / 2 and not model.draws:
+        return Graph(client.steps, again, recompute=True)
+    return Graph(client.steps, whole)
 
 
 def weighted_mean(updates: Sequence[Gradient], sizes: Sequence[int]) -> Gradient:
@@ -503,9 +508,8 @@ def observe(
     for i, ((x, y), (_, own)) in enumerate(zip(trained, seen, strict=True)):
         steps = order[i * client_run.steps : (i + 1) * client_run.steps]
         local = tuple(step - sum(sizes[:i]) for step in steps)
-        with inputs_of_batch_norms() as passes:
+        with inputs_of_batch_norms(detached=True) as passes, torch.no_grad():
             update = client_run(own, x, y, order=local, rng=rng)
-        update = {name: g.detach() for name, g in update.items()}
         updates.append(update if defense is None else defense.on_update(update, Sent(own, x, y), rng))
         buffers.append(_running_statistics(own, passes) if threat.knows_buffers else {})
         images.append(x)
@@ -653,7 +657,7 @@ def _running_statistics(model: Classifier, passes: Sequence[tuple[BatchNorm, Ten
     for norm, x in passes:
         name, n = names[id(norm)], x.numel() // x.shape[1]
         if norm.own_statistics and name in after:
-            mean, var = batch_statistics(x.detach())
+            mean, var = batch_statistics(x)
             counted[name] += 1
             share = 1 / counted[name] if norm.momentum is None else norm.momentum
             old = after[name]

@@ -12,7 +12,7 @@ from gi_lib.attacks import AGIC, SME, FedAvgEpochs, InvertingGradients
 from gi_lib.attacks.fedavg_epochs import agreed, brightest, interpolated, mean_image, same_images
 from gi_lib.attacks.sme import between
 from gi_lib.defenses import DPSGD
-from gi_lib.federated import SGD, Adam, graph_of
+from gi_lib.federated import SGD, Adam, graph_of, loss_gradient
 from gi_lib.matching import cosine, fading_l2, layer_cosine, layers
 
 KNOWN = ThreatModel(knows_labels=True, knows_training_details=True)
@@ -47,17 +47,45 @@ def derivative(obs, x):
 
 @each_client
 def test_steps_that_are_computed_again_give_the_same_derivative_and_keep_less(digits, client, monkeypatch):
-    plain, batch = digits(client)
+    client = dataclasses.replace(client, local_batch=client.local_batch and 32)
+    plain, batch = digits(client, size=64)
     assert not plain.graph.recompute
     monkeypatch.setattr("gi_lib.federated.free_bytes", lambda device: 1e5)
-    again, _ = digits(client)
+    again, _ = digits(client, size=64)
     assert again.graph.recompute and execution.at_once(again) == 1
+    assert again.graph.bytes < plain.graph.bytes
     torch.testing.assert_close(derivative(again, batch.images), derivative(plain, batch.images), rtol=1e-12, atol=0)
     kept = [
         execution.kept_bytes(lambda obs=obs: obs.simulate(batch.images.double().requires_grad_(), obs.labels))
         for obs in (again, plain)
     ]
     assert kept[0] < 0.5 * kept[1]
+
+
+def test_steps_are_not_computed_again_where_that_keeps_more(digits, monkeypatch):
+    """Two small images leave less behind than the weights that they are sent through."""
+    monkeypatch.setattr("gi_lib.federated.free_bytes", lambda device: 1e5)
+    obs, _ = digits(Client(steps=6, lr=0.01, local_batch=2), name="mlp")
+    assert not obs.graph.recompute
+
+
+@each_client
+def test_a_client_keeps_no_graph_of_its_earlier_steps(client, rng):
+    """Where nobody takes a derivative; what it sends is the same."""
+    starts = []
+
+    def rule(model, theta, images, labels):
+        starts.append(all(p.is_leaf for p in theta.values()))
+        return loss_gradient(model, theta, images, labels)
+
+    batch = data.load("digits").batch(range(4))
+    model = models.wrap(models.build("cnn2", num_classes=10, image_shape=(1, 8, 8)), num_classes=10, mean=0, std=1)
+    client = dataclasses.replace(client, rule=rule)
+    obs = observe(model, batch, client=client, threat=KNOWN, rng=rng)
+    assert len(starts) >= client.steps and all(starts[: client.steps])
+    sent = client(obs.model, batch.images, batch.labels)
+    assert not all(starts[-client.steps :])
+    torch.testing.assert_close({k: g.detach() for k, g in sent.items()}, obs.gradient, rtol=0, atol=0)
 
 
 @each_client
