@@ -56,7 +56,7 @@ class BatchNorm(nn.Module):
     def __init__(self, norm: _Norm):
         super().__init__()
         self.weight, self.bias, self.eps, self.momentum = norm.weight, norm.bias, norm.eps, norm.momentum
-        self.training = norm.training
+        self.num_features, self.training = norm.num_features, norm.training
         self.register_buffer("running_mean", norm.running_mean)
         self.register_buffer("running_var", norm.running_var)
         self.register_buffer("num_batches_tracked", norm.num_batches_tracked)

@@ -770,24 +770,28 @@ def receive(
 def _statistics(copy: Classifier, wrapped: bool, given: Statistics) -> Statistics:
     """Statistics of the batch norms by the copy's names."""
     norms = batch_norms(copy)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"bn_stats are a mean and a variance by the name of each batch norm, got {given!r:.60}")
     found = {next((n for n in _spellings(name, wrapped) if n in norms), name): pair for name, pair in given.items()}
     if found.keys() != norms.keys():
         raise ValueError(f"bn_stats are of {sorted(given)}, and the batch norms of the model are {sorted(norms)}")
     device = next(copy.parameters())
     for name, pair in found.items():
         _check_statistics(f"bn_stats of {name!r}", norms[name], pair)
+        if (pair[1] < 0).any():
+            raise ValueError(f"bn_stats of {name!r} have a negative variance, {pair[1].min():.3g}: they are damaged")
     return {name: (mean.to(device), var.to(device)) for name, (mean, var) in found.items()}
 
 
 def _check_statistics(what: str, layer: BatchNorm, pair: Sequence[Tensor]) -> None:
     """ValueError unless it is a mean and a variance, finite, one number a channel."""
-    own = [v.shape for v in (layer.running_mean, layer.weight) if v is not None]
-    shapes = [tuple(v.shape) for v in pair]
-    if len(pair) != 2 or len({*shapes, *map(tuple, own[:1])}) != 1 or not all(v.isfinite().all() for v in pair):
-        channels = own[0].numel() if own else "C"
+    C = layer.num_features
+    right = [isinstance(v, Tensor) and v.shape == (C,) and bool(v.isfinite().all()) for v in pair]
+    if len(right) != 2 or not all(right):
+        got = [str(list(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in pair]
         raise ValueError(
-            f"{what} must be a mean and a variance [{channels}] of finite numbers, one a channel, got"
-            f" {' and '.join(str(list(shape)) for shape in shapes)}; they come from another model, or are damaged"
+            f"{what} must be a mean and a variance, tensors [{C}] of finite numbers, one a channel, got"
+            f" {' and '.join(got)}; they come from another model, or are damaged"
         )
 
 

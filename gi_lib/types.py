@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -67,13 +67,14 @@ def displayed(default: int) -> Any:
     return field(default=default, metadata={"display": True})
 
 
-def real(owner: object, *names: str, least: float = 0.0, above: float | None = None) -> None:
+def real(owner: object, *names: str, least: float = 0.0, above: float | None = None, most: float = math.inf) -> None:
     """ValueError unless these attributes of `owner` are finite numbers, >= `least`, or > `above` where it is given."""
     for name in names:
         value = getattr(owner, name)
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or (value < least if above is None else value <= above):
+        if not number or (value < least if above is None else value <= above) or value > most:
             bound = f">= {least:g}" if above is None else f"> {above:g}"
+            bound += f" and <= {most:g}" if most < math.inf else ""
             raise ValueError(f"{type(owner).__name__} needs {name}, a finite number {bound}, got {value!r}")
 
 
@@ -364,24 +365,29 @@ class Observation:
             NotApplicableError: the model or the batch is not of the kind.
         """
         name, needs = type(attack).__name__, getattr(attack, "needs", Needs())
-        for fact in needs.facts:
-            if getattr(self, fact) in (None, ()):
-                what, grants = _FACTS[fact]
-                raise WithheldError(
-                    f"{name} needs {what}, and the threat model withholds it;"
-                    f" observe with ThreatModel({grants}), or choose another attack"
-                )
+        of_norms = {"bn_stats", "buffers"}  # asked for last: a model without batch norm has none
+        self._granted(name, [fact for fact in needs.facts if fact not in of_norms])
         if needs.batch is not None and self.batch_size is not None and self.batch_size > needs.batch:
             most = "one image" if needs.batch == 1 else f"at most {needs.batch} images"
             raise NotApplicableError(f"{name} takes {most}, got batch_size={self.batch_size}; use another attack")
         for test in needs.model:
             if reason := test(self):
                 raise NotApplicableError(f"{name} does not apply: {reason}")
+        self._granted(name, [fact for fact in needs.facts if fact in of_norms])
         if needs.labels and (rule := attack.label_rule) is not None:  # type: ignore[attr-defined]
             try:
                 rule(self)
             except NotApplicableError as error:
                 raise NotApplicableError(f"{name} does not apply: {error}") from error
+
+    def _granted(self, name: str, facts: Sequence[Fact]) -> None:
+        for fact in facts:
+            if getattr(self, fact) in (None, ()):
+                what, grants = _FACTS[fact]
+                raise WithheldError(
+                    f"{name} needs {what}, and the threat model withholds it; observe with ThreatModel({grants}),"
+                    " give receive(...) what tells it, or choose another attack"
+                )
 
     def simulate(self, images: Tensor, labels: Tensor, theta: Gradient | None = None) -> Gradient:
         """The forward operator of one guess: what would be sent for these images [B, C, H, W] and labels.

@@ -11,7 +11,7 @@ from gi_lib.attacks import BatchNormUpdate, InvertingGradients, bn_update
 from gi_lib.attacks.bn_update import Exact, Inferred, Proxy, Running
 from gi_lib.bench import Case
 from gi_lib.bench.cases import text
-from gi_lib.copies import bn_statistics
+from gi_lib.copies import bn_statistics, running_statistics
 
 SHAPE = (3, 12, 12)
 ONE = Client()
@@ -218,8 +218,23 @@ def test_a_momentum_of_ones_own_is_taken():
     for layer in [layer for layer in obs.model.modules() if hasattr(layer, "momentum")]:
         layer.momentum = None
     assert apart(Inferred(momentum=0.3)(obs)[0], obs.bn_stats) < 1e-4
-    with pytest.raises(ValueError, match="Inferred needs momentum, a finite number > 0, got 0"):
-        Inferred(momentum=0.0)
+    for wrong in (0.0, 2.0):
+        with pytest.raises(ValueError, match=f"Inferred needs momentum, a finite number > 0 and <= 1, got {wrong}"):
+            Inferred(momentum=wrong)
+
+
+def test_running_statistics_that_did_not_move_tell_nothing():
+    obs, _ = seen()
+    kept = dataclasses.replace(obs, buffers=running_statistics(obs.model))
+    with pytest.raises(NotApplicableError, match="are those that were sent: the client trained in eval mode, or keeps"):
+        Inferred()(kept)
+
+
+def test_without_its_term_nothing_of_batch_norm_is_needed():
+    obs, _ = seen("lenet", train=False)
+    assert BatchNormUpdate(Running(), steps=1, bn=0.0)(obs, torch.Generator()).images.shape == (4, *SHAPE)
+    with pytest.raises(NotApplicableError, match="BatchNormUpdate does not apply: the model has no batch norm"):
+        BatchNormUpdate(Exact(), steps=1)(dataclasses.replace(obs, bn_stats=None), torch.Generator())
 
 
 def test_statistics_of_the_wrong_shape_are_refused():
@@ -227,11 +242,25 @@ def test_statistics_of_the_wrong_shape_are_refused():
     model = models.wrap(net.train(), num_classes=5)
     sent = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     given = {"image_shape": SHAPE, "client": None}
-    with pytest.raises(ValueError, match=r"bn_stats of 'net.1' must be a mean and a variance \[4\].*\[3\] and \[4\]"):
+    with pytest.raises(
+        ValueError, match=r"bn_stats of 'net.1' must be a mean and a variance, tensors \[4\].*\[3\] and \[4\]"
+    ):
         receive(model, sent, bn_stats={"net.1": (torch.zeros(3), torch.ones(4))}, **given)
     back = {"net.1.running_mean": torch.zeros(1), "net.1.running_var": torch.zeros(4)}
     with pytest.raises(ValueError, match=r"the running statistics of 'net.1' must be .*\[1\] and \[4\]"):
         receive(model, sent | back, **given)
+    for wrong, message in (
+        ({"net.1": ([0.0] * 4, torch.ones(4))}, r"tensors \[4\] of finite numbers, one a channel, got list and \[4\]"),
+        ([torch.zeros(4)], "bn_stats are a mean and a variance by the name of each batch norm"),
+        ({"net.1": (torch.zeros(4), -torch.ones(4))}, "bn_stats of 'net.1' have a negative variance, -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            receive(model, sent, bn_stats=wrong, **given)
+    net[1] = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
+    model = models.wrap(net.train(), num_classes=5)
+    sent = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"bn_stats of 'net.1' must be .*\[1\] and \[1\]"):
+        receive(model, sent, bn_stats={"net.1": (torch.zeros(1), torch.ones(1))}, **given)
 
 
 def test_group_norm_mixes_no_images():

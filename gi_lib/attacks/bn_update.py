@@ -146,7 +146,7 @@ class Inferred:
 
     def __post_init__(self):
         if self.momentum is not None:
-            real(self, "momentum", above=0)
+            real(self, "momentum", above=0, most=1)
 
     def __call__(self, obs: Observation, rng: torch.Generator | None = None) -> Goal:
         """mu and the biased variance, [C] each, of every batch norm in train mode.
@@ -258,6 +258,14 @@ def _moved(obs: Observation) -> dict[str, BatchNorm]:
             " nothing of the batch is in those that came back; call .train() on the"
             " model if the client did, or use the target Running()"
         )
+    pairs = [
+        zip(back[name], _before(norm), strict=True) for name, norm in found.items()
+    ]
+    if all(torch.equal(after, before) for pair in pairs for after, before in pair):
+        raise NotApplicableError(
+            "the running statistics that came back are those that were sent: the client"
+            " trained in eval mode, or keeps its own; use another target"
+        )
     return found
 
 
@@ -275,7 +283,7 @@ class BatchNormUpdate:
     """Its needs are those of its target, and the client's code, batch size and labels.
 
     Args:
-        target: Inferred, Running, Proxy, Exact, or None for no statistics.
+        target: Inferred, Running, Proxy, Exact, or None for no statistics, as bn=0.
     """
 
     needs: ClassVar[Needs] = Needs(
@@ -304,14 +312,15 @@ class BatchNormUpdate:
         more = Needs()
         if self.target is not None:
             function(self, "target")
-            more = self.target.needs
+            more = self.target.needs if self.bn else more
         facts = tuple(dict.fromkeys(("client", "batch_size", *more.facts)))
         object.__setattr__(self, "needs", Needs(facts, more.model, labels=True))
 
     def __call__(self, obs: Observation, rng: torch.Generator) -> Reconstruction:
         obs.need(self)
         y, pixels = self.label_rule(obs), Pixels(obs.model.mean, obs.model.std)
-        goal, statistics = self.target(obs, rng) if self.target else ({}, None)
+        asked = self.target if self.bn else None
+        goal, statistics = asked(obs, rng) if asked else ({}, None)
 
         def match(z):
             return self.distance(obs.simulate(pixels.image(z), y), obs.gradient)
