@@ -107,7 +107,7 @@ for local in (None, 2):
     for T in STEPS:
         client = Client(steps=T, lr=0.04, local_batch=local, shuffle=local is not None)
         said = f"{T}, {'all images' if local is None else 'two images'} a step"
-        for name in (SURROGATE, UNION):
+        for name in (SURROGATE, ONE, UNION):
             PLAN.append(Row("steps", name, said, cases(SURROGATES[name], client, 4, range(4), 2)))
         late, clients = (3, 4) if T <= 5 else (5, 2)
         unrolled = {UNROLLED: InvertingGradients(steps=200, tv=1e-3), COPIES: SIMULATIONS[COPIES]}
@@ -115,9 +115,8 @@ for local in (None, 2):
             if name == UNROLLED or local is None or T % 2 == 0:
                 PLAN.append(Row("steps", name, said, cases(attack, client, 4, range(clients), late)))
 for kind, client in KINDS.items():
-    tried = {SURROGATE: SURROGATES[SURROGATE], UNION: SURROGATES[UNION]}
-    for name, attack in tried.items():
-        PLAN.append(Row("clients", name, kind, cases(attack, client, 10, range(4), 2)))
+    for name in (SURROGATE, ONE, UNION):
+        PLAN.append(Row("clients", name, kind, cases(SURROGATES[name], client, 10, range(4), 2)))
     for name in (SHARED, COPIES):
         PLAN.append(Row("clients", name, kind, cases(SIMULATIONS[name], client, 10, range(4), 4)))
 for model in ("lenet", "cnn6"):
