@@ -8,6 +8,7 @@ import math
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -50,19 +51,24 @@ def at_once(obs: Observation) -> int:
     return 1 if obs.graph.recompute else int(min(rows, free // obs.graph.bytes))
 
 
+class _Saved:
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor.detach()
+
+
 def kept_bytes(compute: Callable[[], object]) -> int:
-    """What autograd keeps of a computation whose result is held: each piece of memory once."""
-    kept: dict[int, int] = {}
+    """What autograd keeps of a computation while its result is held: each piece of memory once."""
+    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()
+    def pack(tensor: Tensor) -> _Saved:
+        alive.add(saved := _Saved(tensor))
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         result = compute()
+    storages = [saved.tensor.untyped_storage() for saved in alive]
     del result
-    return sum(kept.values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def free_bytes(device: torch.device) -> float:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from gi_lib.copies import (
     BatchNorm,
@@ -234,7 +234,8 @@ class Client:
             rng: what the client's own randomness draws from. Without it, as in an attacker's simulation, a rule's
                 noise is left out, and what the model draws is the same at each call.
             recompute: whether autograd keeps the parameters of each step alone, and computes the rest of it again when
-                it goes back: less memory for about a third more time. Stacked guesses don't do so.
+                it goes back: less memory for about a third more time, and first derivatives only. Stacked guesses don't
+                do so.
         """
         theta = own_parameters(model) if theta is None else theta
         if not in_functorch() and not all(p.requires_grad for p in theta.values()):
@@ -254,7 +255,7 @@ class Client:
             return g if self.optimiser == PLAIN else self.optimiser.direction(theta, g, state, t), state
 
         if recompute and not in_functorch():
-            directed = partial(checkpoint, directed, use_reentrant=False, preserve_rng_state=False)
+            directed = partial(_computed_twice, directed)
         with torch.enable_grad(), second_derivatives(), drawing(model, rng):
             for t in range(self.steps):
                 x, y = (images, labels) if whole_batch else (v[parts[t].to(v.device)] for v in (images, labels))
@@ -333,12 +334,58 @@ class Clients:
         return self.client.one_gradient()
 
 
+class _Again(torch.autograd.Function):
+    """A computation of which its inputs alone are kept, so that it is done again on the way back.
+
+    torch.utils.checkpoint keeps more where gradients are taken inside.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[..., list[Tensor]], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.compute = compute
+        ctx.save_for_backward(*inputs)
+        with torch.enable_grad():
+            return tuple(v.detach() for v in compute(*(v.detach().requires_grad_(v.requires_grad) for v in inputs)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        inputs = [v.detach().requires_grad_(need) for v, need in zip(ctx.saved_tensors, needed, strict=True)]
+        with torch.enable_grad(), second_derivatives():
+            results = zip(ctx.compute(*inputs), grads, strict=True)
+        outputs, grads = zip(*((v, g) for v, g in results if v.requires_grad), strict=True)
+        found = iter(torch.autograd.grad(outputs, [v for v in inputs if v.requires_grad], grads, allow_unused=True))
+        return None, *(next(found) if need else None for need in needed)
+
+
+def _computed_twice(
+    directed: Callable, t: int, x: Tensor, y: Tensor, theta: Gradient, state: list[Gradient]
+) -> tuple[Gradient, list[Gradient]]:
+    """A step of a client, (direction, state), whose graph is not kept."""
+    names = list(theta)
+
+    def flat(parts: Iterable[Gradient]) -> list[Tensor]:
+        return [part[name] for part in parts for name in names]
+
+    def apart(values: Sequence[Tensor]) -> list[Gradient]:
+        starts = range(0, len(values), len(names))
+        return [dict(zip(names, values[start : start + len(names)], strict=True)) for start in starts]
+
+    def compute(x: Tensor, y: Tensor, *values: Tensor) -> list[Tensor]:
+        theta, *state = apart(values)
+        d, state = directed(t, x, y, theta, state)
+        return flat((d, *state))
+
+    d, *state = apart(_Again.apply(compute, x, y, *flat((theta, *state))))
+    return d, state
+
+
 def graph_of(client: ClientUpdate | None, model: Classifier, images: Tensor) -> Graph | None:
     """What autograd keeps of one guess while local steps are simulated, measured on one of them.
 
     Every step keeps as much. Where that is more than half of the memory that is free, and where it is less, the steps
-    are computed again on the way back: of each only its parameters and their change are kept, and what the optimiser
-    remembers. Of a small batch through a large network that is more.
+    are computed again on the way back: of each only its parameters are kept, and what the optimiser remembers.
 
     Args:
         images: as many as the client has.
@@ -358,7 +405,7 @@ def graph_of(client: ClientUpdate | None, model: Classifier, images: Tensor) -> 
     theta = sum(p.numel() * p.element_size() for p in Parameters(model).values())
     adam = isinstance(own.optimiser, Adam)
     whole = client.steps * (step + 6 * adam * theta)  # m, v, and what their quotient keeps
-    again = client.steps * (4 if adam else 2) * theta + step
+    again = client.steps * (3 if adam else 1) * theta + step
     if again < whole and whole > free_bytes(images.device) / 2 and not model.draws:
         return Graph(client.steps, again, recompute=True)
     return Graph(client.steps, whole)

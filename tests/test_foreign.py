@@ -816,7 +816,9 @@ def test_statistics_are_received_by_the_callers_names():
     obs = receive(net, own, image_shape=(3, 8, 8), bn_stats={"1": (torch.zeros(4), torch.ones(4))})
     assert list(obs.bn_stats) == ["net.1"]
     for wrong in ((torch.zeros(3), torch.ones(3)), (torch.zeros(4), torch.full((4,), torch.nan))):
-        with pytest.raises(ValueError, match=r"bn_stats of 'net.1' must be a mean and a variance, tensors \[4\] of finite"):
+        with pytest.raises(
+            ValueError, match=r"bn_stats of 'net.1' must be a mean and a variance, tensors \[4\] of finite"
+        ):
             receive(net, own, image_shape=(3, 8, 8), bn_stats={"1": wrong})
 
 

@@ -59,7 +59,7 @@ def test_steps_that_are_computed_again_give_the_same_derivative_and_keep_less(di
         execution.kept_bytes(lambda obs=obs: obs.simulate(batch.images.double().requires_grad_(), obs.labels))
         for obs in (again, plain)
     ]
-    assert kept[0] < 0.5 * kept[1]
+    assert kept[0] < 0.7 * kept[1] and kept[0] <= again.graph.bytes  # and one step, while it is computed
 
 
 def test_steps_are_not_computed_again_where_that_keeps_more(digits, monkeypatch):
