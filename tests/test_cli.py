@@ -533,7 +533,7 @@ def test_what_all_groups_share_is_said_once(records):
 
 def test_own_studies_do_not_land_among_the_surveys(gi, tmp_path, monkeypatch):
     checkout = tmp_path / "checkout"
-    for name in ("gi_lib/cli.py", "experiments/ours.py"):
+    for name in ("gi_lib/__init__.py", "experiments/ours.py"):
         (checkout / name).parent.mkdir(parents=True)
         (checkout / name).write_text(STUDY.replace("range(3)", "(0,)"))
     (checkout / "mine.py").write_text(STUDY.replace("range(3)", "(0,)"))
