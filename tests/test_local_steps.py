@@ -50,7 +50,7 @@ def test_steps_that_are_computed_again_give_the_same_derivative_and_keep_less(di
     client = dataclasses.replace(client, local_batch=client.local_batch and 32)
     plain, batch = digits(client, size=64)
     assert not plain.graph.recompute
-    monkeypatch.setattr("gi_lib.federated.free_bytes", lambda device: 1e5)
+    monkeypatch.setattr("gi_lib.federated.clients.free_bytes", lambda device: 1e5)
     again, _ = digits(client, size=64)
     assert again.graph.recompute and execution.at_once(again) == 1
     assert again.graph.bytes < plain.graph.bytes
@@ -64,7 +64,7 @@ def test_steps_that_are_computed_again_give_the_same_derivative_and_keep_less(di
 
 def test_steps_are_not_computed_again_where_that_keeps_more(digits, monkeypatch):
     """Two small images leave less behind than the weights that they are sent through."""
-    monkeypatch.setattr("gi_lib.federated.free_bytes", lambda device: 1e5)
+    monkeypatch.setattr("gi_lib.federated.clients.free_bytes", lambda device: 1e5)
     obs, _ = digits(Client(steps=6, lr=0.01, local_batch=2), name="mlp")
     assert not obs.graph.recompute
 

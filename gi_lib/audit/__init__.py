@@ -19,14 +19,13 @@ from gi_lib.audit.questions import checked, closed_forms, counted, malicious, re
 from gi_lib.audit.report import ANSWERS, Audit, Finding, write, write_failure
 from gi_lib.audit.searches import check_budget, searched
 from gi_lib.defenses import Defense
-from gi_lib.federated import Client, ThreatModel, Update
+from gi_lib.federated import FEDSGD, Client, ThreatModel, Update
 from gi_lib.types import Batch, Classifier, check_shape
 
 __all__ = ["ANSWERS", "Audit", "Finding", "audit", "write", "write_failure"]
 
 CANDIDATES = 500
 """The most images among which a reconstruction must find its original, to count as identified."""
-FEDSGD = Client()
 NOT_HERE = (
     ("priors that are generative, untrained or of diffusion", "not in this package yet"),
     ("learned inversion", "not in this package yet"),
