@@ -590,6 +590,8 @@ def test_what_an_attack_does_wrong_is_a_failed_row_with_a_sentence(tmp_path, how
 
 def test_what_an_attack_lacks_is_said(tmp_path):
     row = row_of(tmp_path, attack=GradInversion(steps=2, restarts=1))
+    assert row["status"] == "not applicable" and "the model has no batch norm" in row["error"]
+    row = row_of(tmp_path, attack=GradInversion(steps=2, restarts=1), model="convnet", dataset="photos")
     assert row["status"] == "not applicable" and "GradInversion needs the batch-norm statistics" in row["error"]
     assert row["seconds"] is None and row["cpu_seconds"] is None
 
