@@ -52,6 +52,8 @@ def at_once(obs: Observation) -> int:
 
 
 class _Saved:
+    """A tensor that autograd keeps, in something that tells whether it still does."""
+
     def __init__(self, tensor: Tensor):
         self.tensor = tensor.detach()
 

@@ -68,7 +68,7 @@ def displayed(default: int) -> Any:
 
 
 def real(owner: object, *names: str, least: float = 0.0, above: float | None = None, most: float = math.inf) -> None:
-    """ValueError unless these attributes of `owner` are finite numbers, >= `least`, or > `above` where it is given."""
+    """ValueError unless these are finite numbers of `owner`, >= `least` or, where it is given, > `above`; <= `most`."""
     for name in names:
         value = getattr(owner, name)
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
