@@ -343,8 +343,8 @@ def _computed_twice(
 def graph_of(client: ClientUpdate | None, model: Classifier, images: Tensor) -> Graph | None:
     """What autograd keeps of one guess while local steps are simulated, measured on one of them.
 
-    Every step keeps as much. Where that is more than half of the memory that is free, and where it is less, the steps
-    are computed again on the way back: of each only its parameters are kept, and what the optimiser remembers.
+    Every step keeps as much. Where that is more than half of the memory that is free, the steps are computed again on
+    the way back, if less is kept so: of each step its parameters, and what the optimiser remembers.
 
     Args:
         images: as many as the client has.
